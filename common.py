@@ -1,0 +1,979 @@
+#!/usr/bin/env python3
+"""What par.py and reid.py share: Market-1501 and its drawn stand-in, augmentation, ResNet18, the training loop.
+
+Data flows one way. Every crop is decoded once into one uint8 tensor that stays on the device; an index tensor says what
+each step trains on (one row per image for attributes, three for a triplet); a step gathers those rows, flips and rotates
+them in one batch, and runs one forward and one backward pass. `fit` is the only training loop of the project.
+
+[report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
+"""
+import argparse
+import csv
+import ctypes
+import json
+import math
+import os
+import platform
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.transforms.v2.functional import resize
+
+# Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
+# class of both colours, "multi", is the report's own (section 2): an identity with no single colour flagged.
+ATTRIBUTES = {
+    "age": ("young", "teenager", "adult", "old"),
+    "gender": ("male", "female"),
+    "hair": ("short", "long"),
+    "up": ("long", "short"),
+    "down": ("long", "short"),
+    "clothes": ("dress", "pants"),
+    "hat": ("no", "yes"),
+    "backpack": ("no", "yes"),
+    "bag": ("no", "yes"),
+    "handbag": ("no", "yes"),
+    "upcolor": ("black", "white", "red", "purple", "yellow", "gray", "blue", "green", "multi"),
+    "downcolor": ("black", "white", "pink", "purple", "yellow", "gray", "blue", "green", "brown", "multi"),
+}
+PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+
+
+class UserError(ValueError):
+    """Something the user can put right. Its text is all that is shown: what is wrong, where, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the data
+
+
+@dataclass
+class Market:
+    """One part of a data set in Market-1501's layout, sorted by file name; junk (-1) and distractors (0) are kept."""
+
+    images: torch.Tensor  # uint8 [N, 3, H, W], channels last in memory
+    person_ids: torch.Tensor  # int64 [N]
+    camera_ids: torch.Tensor  # int64 [N]
+    labels: torch.Tensor  # int64 [N, 12], class of each attribute; -1 where there is no annotation
+    names: list[str]  # N file names
+
+
+def load_market(root, part, size=(128, 64)):
+    """Read `part` ("train", "query" or "gallery") of the data set in folder `root` into memory.
+
+    size: (height, width); crops of another size are resized, with antialiasing. Annotations are read by column name
+    from annotations_{train,test}.csv or else from market_attribute.mat (SciPy needed); a part without them has labels
+    of -1. Raises UserError, naming the file, for whatever is missing, unreadable or out of range.
+    """
+    root, folder = Path(root), Path(root) / PARTS[part]
+    if not folder.is_dir():
+        raise UserError(f"{root} has no folder {PARTS[part]}: --data takes the folder that holds {', '.join(PARTS.values())}.")
+    names = sorted(n for n in os.listdir(folder) if not n.startswith(".") and n.lower() not in ("thumbs.db", "desktop.ini"))
+    if not names:
+        raise UserError(f"{folder} holds no crops.")
+    parsed = [re.match(r"(-1|\d+)_c(\d+).*\.jpe?g$", n, re.IGNORECASE) for n in names]
+    if None in parsed:
+        raise UserError(f"{folder / names[parsed.index(None)]} is not named like a crop of Market-1501 "
+                        "(0002_c1s1_000451_03.jpg: identity 2, camera 1): rename it or move it out of the folder.")
+    ids = torch.tensor([[int(m[1]), int(m[2])] for m in parsed])
+    known, table = read_annotations(root, "train" if part == "train" else "test")
+    labels = torch.full((len(names), len(ATTRIBUTES)), -1)
+    if len(known):
+        known, order = known.sort()
+        row = torch.searchsorted(known, ids[:, 0].contiguous()).clamp(max=len(known) - 1)
+        found = known[row] == ids[:, 0]
+        missing = ids[~found & (ids[:, 0] > 0), 0]
+        if len(missing):
+            raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
+        labels[found] = table[order[row[found]]]
+    return Market(read_crops([folder / n for n in names], size), ids[:, 0].clone(), ids[:, 1].clone(), labels, names)
+
+
+def read_crops(paths, size):
+    """Decode JPEG files in threads, 512 to a call, which is where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
+    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+
+    def read(start):
+        batch = paths[start:start + 512]
+        try:
+            decoded = torchvision.io.decode_jpeg([torch.from_numpy(np.fromfile(p, np.uint8)) for p in batch],
+                                                 torchvision.io.ImageReadMode.RGB)
+        except (RuntimeError, OSError, AttributeError):
+            # Pillow is slower, reads more, and says which file it is. (torchvision 0.29 announces that its decoder
+            # will go one day: that is the AttributeError.)
+            decoded = [read_image(p) for p in batch]
+        for i, crop in enumerate(decoded, start):
+            crops[i] = resize(crop, list(size), antialias=True)  # returned as it is where the size already fits
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(read, range(0, len(paths), 512)))
+    return crops
+
+
+def read_image(path):
+    """Read an image of any format and mode that Pillow knows: uint8 [3, h, w], upright, transparency laid on white."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} is too large an image to be a crop of a person.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
+
+
+def read_user_images(paths, size):
+    """Read the user's own images, and all files in folders and their subfolders: -> (paths, uint8 [N, 3, H, W]).
+
+    What cannot be read is named on stderr and left out; UserError if nothing is left.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path} does not exist.")
+        files += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
+    read, crops = [], []
+    for path in files:
+        try:
+            crops.append(resize(read_image(path), list(size), antialias=True))
+            read.append(path)
+        except UserError as error:
+            print(f"Skipped: {error}", file=sys.stderr)
+    if not crops:
+        raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
+    return read, torch.stack(crops)
+
+
+def read_annotations(root, half):
+    """Annotations of one half ("train" or "test") -> identities int64 [M], classes int64 [M, 12]; empty if there are none.
+
+    Two formats, both coded from 1: the course's CSV, a row per identity, and the authors' market_attribute.mat. The
+    .mat's two halves hold their fields in different orders, so both formats are read by name.
+    """
+    source, mat = root / f"annotations_{half}.csv", root / "market_attribute.mat"
+    if source.is_file():
+        try:
+            text = source.read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{source} cannot be read as text ({error}).") from None
+        rows = list(csv.DictReader(text.splitlines(), delimiter=";" if ";" in text.split("\n")[0] else ","))
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    elif mat.is_file():
+        source = mat
+        try:
+            from scipy.io import loadmat
+        except ImportError:
+            raise UserError(f"{mat} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
+        try:
+            struct = loadmat(mat, squeeze_me=True, struct_as_record=False)["market_attribute"]
+            columns = dict(vars(getattr(struct, half)))
+            columns["id"] = columns.pop("image_index")
+        except Exception as error:  # SciPy raises a dozen types on a damaged file
+            raise UserError(f"{mat} is not Market-1501's attribute file ({type(error).__name__}: {error}).") from None
+    else:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, len(ATTRIBUTES), dtype=torch.int64)
+
+    def column(name, values):
+        if name not in columns:
+            raise UserError(f"{source} has no column '{name}'.")
+        try:
+            numbers = np.array([float(v) for v in columns[name]])
+        except (TypeError, ValueError):
+            numbers = np.array([np.nan])
+        wrong = ~np.isin(numbers, values) if values else numbers % 1 != 0
+        if wrong.any():
+            where = f" of row {wrong.argmax() + 1}" if len(numbers) == len(columns[name]) else ""
+            raise UserError(f"{source}: column '{name}'{where} holds a value that is not a whole number"
+                            + (f" from 1 to {values[-1]}." if values else "."))
+        return torch.from_numpy(numbers.astype(np.int64))
+
+    ids, classes = column("id", None), []
+    if len(ids.unique()) < len(ids):
+        raise UserError(f"{source} names an identity twice.")
+    for attribute, names in ATTRIBUTES.items():
+        if attribute.endswith("color"):
+            flags = torch.stack([column(attribute[:-5] + name, (1, 2)) for name in names[:-1]], 1) == 2
+            one = flags.sum(1) == 1
+            classes.append(torch.where(one, flags.int().argmax(1), len(names) - 1))
+        else:
+            classes.append(column(attribute, tuple(range(1, len(names) + 1))) - 1)
+    return ids, torch.stack(classes, 1)
+
+
+def split_identities(person_ids, fraction=0.6, seed=0):
+    """Split by identity, all crops of one on one side ([report] section 2): (train [N] bool, validation [N] bool)."""
+    ids = person_ids.unique()
+    count = round(fraction * len(ids))
+    if count < 2 or len(ids) - count < 2:
+        raise UserError(f"{len(ids)} identities are too few to split: training and validation need two each, so four at least.")
+    chosen = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]]
+    train = torch.isin(person_ids, chosen)
+    return train, ~train
+
+
+# ---------------------------------------------------------------------------------------------------- the drawn demo
+
+DRAWN = "drawn.txt"  # marks a drawn data set; written last, so it also says that the set is whole
+# How often each class is drawn, as unbalanced as in Market-1501 ([report] table 4).
+FREQUENCIES = {
+    "age": (0.05, 0.66, 0.24, 0.05), "up": (0.15, 0.85), "down": (0.40, 0.60), "hat": (0.93, 0.07),
+    "backpack": (0.73, 0.27), "bag": (0.75, 0.25), "handbag": (0.88, 0.12),
+    "upcolor": (0.16, 0.26, 0.11, 0.05, 0.06, 0.12, 0.08, 0.08, 0.08),
+    "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03),
+}
+RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150), "yellow": (228, 196, 62),
+       "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76), "pink": (232, 142, 170), "brown": (122, 82, 50)}
+# Six places: wall, ground, horizon, light (gain per channel), blur in pixels, size of the people.
+CAMERAS = (((176, 182, 188), (150, 148, 142), 58, (1.00, 1.00, 1.00), 0.3, 1.00), ((150, 124, 104), (128, 122, 120), 50, (1.08, 0.98, 0.86), 0.5, 0.94),
+           ((116, 140, 104), (164, 158, 140), 66, (0.94, 1.04, 0.94), 0.4, 1.02), ((196, 200, 206), (110, 112, 118), 40, (0.84, 0.92, 1.08), 0.7, 0.90),
+           ((120, 112, 130), (176, 168, 160), 72, (0.78, 0.76, 0.80), 0.5, 0.97), ((206, 192, 164), (188, 176, 152), 54, (1.16, 1.10, 1.00), 0.9, 0.92))
+
+
+def draw_market(root, identities, images_per_identity, seed=0):
+    """Draw a data set of people in Market-1501's layout and names into folder `root`; the same for a seed everywhere.
+
+    identities: how many in the training half, and as many others in the test half; images_per_identity: crops of each
+    in bounding_box_train or bounding_box_test, from two cameras or more. Queries, distractors, junk and both CSV files
+    of annotations come with them.
+    """
+    root = Path(root)
+    for folder in PARTS.values():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
+    columns = ["age", "backpack", "bag", "handbag", "clothes", "down", "up", "hair", "hat", "gender"]
+    columns += [f"{side}{name}" for side in ("up", "down") for name in ATTRIBUTES[f"{side}color"][:-1]]
+    frame = 0
+
+    def save(part, person_id, person, camera, number, poor=False):
+        nonlocal frame
+        frame += 25
+        image = draw_crop(person, camera, random, poor)
+        image.save(root / PARTS[part] / f"{person_id:04d}_c{camera}s1_{frame:06d}_{number:02d}.jpg".replace("-001", "-1"),
+                   quality=int(random.randint(70, 92)))
+
+    for half, start in (("train", 1), ("test", identities + 1)):
+        lines = [",".join(["id", *columns])]
+        for person_id in range(start, start + identities):
+            person = draw_identity(random)
+            codes = {a: person[a] + 1 for a in columns[:10]}
+            for column in columns[10:]:
+                side = "up" if column.startswith("up") else "down"
+                names = ATTRIBUTES[f"{side}color"]
+                codes[column] = 1 + (names[person[f"{side}color"]] == column[len(side):])
+            lines.append(",".join(map(str, [person_id, *(codes[c] for c in columns)])))
+            cameras = 1 + random.permutation(6)[:random.randint(2, 7)]
+            for k in range(images_per_identity):
+                save("train" if half == "train" else "gallery", person_id, person, cameras[k % len(cameras)], 1 + k)
+            if half == "test":
+                for camera in cameras[:2] if images_per_identity > 1 else cameras[1:2]:
+                    save("query", person_id, person, camera, 0)
+                if person_id % 6 == 0:
+                    save("gallery", -1, person, cameras[0], 98, poor=True)
+        (root / f"annotations_{half}.csv").write_text("\n".join(lines) + "\n")
+    for k in range(max(2, identities * images_per_identity // 5)):
+        save("gallery", 0, draw_identity(random), random.randint(1, 7), 1 + k % 90, poor=k % 3 == 0)
+    (root / DRAWN).write_text(f"Drawn people, not photographs: draw_market({identities}, {images_per_identity}, {seed}).\n")
+
+
+def draw_identity(random):
+    """Choose a person: the 12 classes by attribute, and what tells two people of the same classes apart."""
+    person = {a: int((random.rand() > np.cumsum(p)).sum().clip(max=len(p) - 1)) for a, p in FREQUENCIES.items()}
+    person["gender"] = female = int(random.rand() < 0.45)
+    person["hair"] = int(random.rand() < (0.72 if female else 0.06))
+    person["clothes"] = int(random.rand() > (0.32 if female else 0.0))
+
+    def cloth(names, which):
+        """Three shades of the named colour, or three colours for "multi", and a pattern."""
+        if names[which] == "multi":
+            return [RGB[names[k]] for k in random.permutation(len(names) - 1)[:3]], "blocks"
+        shade = np.clip(np.array(RGB[names[which]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3), 0, 255)
+        accent = np.clip(shade + random.choice([-1, 1]) * random.uniform(35, 60), 0, 255)
+        return [tuple(map(int, c)) for c in (shade, accent, shade)], random.choice(["plain", "plain", "bands", "columns", "print"])
+
+    person["top"], person["bottom"] = cloth(ATTRIBUTES["upcolor"], person["upcolor"]), cloth(ATTRIBUTES["downcolor"], person["downcolor"])
+    tone = random.uniform(0.62, 1.0)
+    person["skin"] = (int(238 * tone), int(198 * tone), int(168 * tone))
+    hair = [(32, 26, 24), (64, 44, 32), (112, 76, 44), (148, 110, 64)][random.choice(4, p=[0.5, 0.25, 0.15, 0.1])]
+    person["hair_colour"] = (214, 214, 212) if person["age"] == 3 else hair
+    for item in ("shoes", "hat_colour", "bag_colour", "pack_colour", "handbag_colour"):
+        person[item] = tuple(int(v) for v in np.array(list(RGB.values())[random.randint(10)]) * 0.85)
+    person["build"] = random.uniform(0.90, 1.10) * (0.92, 0.92, 1.14, 1.04)[person["age"]]
+    person["height"] = random.uniform(0.97, 1.03) * (0.70, 0.97, 1.0, 0.92)[person["age"]]
+    return person
+
+
+def draw_crop(person, camera, random, poor=False):
+    """Draw a person as one camera sees them: a 64x128 image; poor: as a bad detection would cut it out."""
+    wall, ground, horizon, light, blur, zoom = CAMERAS[camera - 1]
+    s, width, height = 3, 64, 128  # drawn three times as large, then reduced
+    picture = Image.new("RGB", (width * s, height * s), wall)
+    pen = ImageDraw.Draw(picture)
+    box = lambda pen, x0, y0, x1, y1, colour, round_=0.0: pen.rounded_rectangle(
+        [min(x0, x1) * s, y0 * s, max(x0, x1) * s, y1 * s], round_ * s, colour)
+    dot = lambda pen, x, y, rx, ry, colour: pen.ellipse([(x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s], colour)
+    shape = lambda pen, points, colour: pen.polygon([(x * s, y * s) for x, y in points], colour)
+
+    def limb(pen, points, thick, colour):
+        pen.line([(x * s, y * s) for x, y in points], colour, round(thick * s), joint="curve")
+        for x, y in points:
+            dot(pen, x, y, thick / 2, thick / 2, colour)
+
+    box(pen, 0, horizon, 64, 128, ground)
+    offset, darker = random.randint(0, 24), tuple(int(v * 0.86) for v in wall)
+    for x in range(-24, 80, 24 if camera % 2 else 16):  # windows, trunks or pillars behind, joints on the ground
+        box(pen, x + offset, -1 if camera % 3 else horizon - 26, x + offset + (5 if camera % 2 else 9), horizon, darker)
+        pen.line([((x + offset) * s, horizon * s), ((x * 1.8 + offset - 20) * s, 128 * s)], tuple(int(v * 0.92) for v in ground), s)
+
+    u = person["height"] * zoom * random.uniform(0.96, 1.03)
+    x, foot = 32 + random.uniform(-3, 3), 121 + random.uniform(-2, 3)
+    if poor:
+        u, x, foot = u * random.uniform(1.1, 1.5), x + random.choice([-1, 1]) * random.uniform(16, 30), foot + random.uniform(-40, 50)
+    b, back, stride, swing = person["build"] * u, random.rand() < 0.45, random.uniform(1, 7) * u, random.uniform(-4, 4) * u
+    old, female = person["age"] == 3, person["gender"] == 1
+    y = lambda v: foot - v * u  # v: height above the ground, of a figure 110 high
+    lean = 4 * u if old else 0
+    shoulder, waist, hip = (10.0 if female else 12.6) * b, (7.4 if female else 9.6) * b, (9.6 if female else 9.2) * b
+    side = 1 if random.rand() < 0.5 else -1
+
+    def dress(mask, cloth):
+        """Fill what `mask` covers with a garment's colours and pattern."""
+        (first, second, third), pattern = cloth
+        fabric = Image.new("RGB", picture.size, first)
+        brush = ImageDraw.Draw(fabric)
+        for k in range(0, 128, 8):
+            if pattern == "bands":
+                box(brush, 0, foot - k, 64, foot - k + 3, second)
+            elif pattern == "columns":
+                box(brush, x + k - 64, 0, x + k - 61, 128, second)
+            elif pattern == "blocks":
+                box(brush, 0, foot - k, 64, foot - k + 8, (first, second, third)[k // 8 % 3])
+        if pattern == "print":
+            dot(brush, x, y(76), 5 * b, 6 * u, second)
+            box(brush, 0, y(38), 64, y(34), second)
+        picture.paste(fabric, mask=mask)
+
+    def layer():
+        mask = Image.new("L", picture.size, 0)
+        return mask, ImageDraw.Draw(mask)
+
+    dot(pen, x, foot + 1, 15 * b, 2.4, tuple(int(v * 0.72) for v in ground))  # shadow
+    hair = person["hair_colour"]
+    if person["hair"] and not back:
+        box(pen, x + lean - 8.4 * u, y(108), x + lean + 8.4 * u, y(80), hair, 6 * u)
+    if person["backpack"] and not back:
+        box(pen, x - shoulder - 1.5 * u, y(88), x + shoulder + 1.5 * u, y(60), person["pack_colour"], 4 * u)
+    legs = [[(x - 4.6 * b, y(54)), (x - 5 * b - stride * 0.5, y(28)), (x - 5 * b - stride, y(4))],
+            [(x + 4.6 * b, y(54)), (x + 5 * b + stride * 0.4, y(28)), (x + 5 * b + stride * 0.8, y(4))]]
+    for leg in legs:
+        limb(pen, leg, 6.4 * b, person["skin"])
+        dot(pen, leg[-1][0] + 1.2 * side * u, y(2.2), 5 * u, 2.9 * u, person["shoes"])
+    mask, brush = layer()
+    end = 8 if person["down"] == 0 else 34
+    if person["clothes"] == 0:
+        shape(brush, [(x - waist, y(62)), (x + waist, y(62)), (x + hip + 7 * u, y(end)), (x - hip - 7 * u, y(end))], 255)
+    else:
+        for leg in legs:
+            t = 1.0 if person["down"] == 0 else 0.0
+            knee = (leg[1][0] * (1 - t) + leg[2][0] * t, y(7) if t else y(31))
+            limb(brush, [leg[0], leg[1], knee] if t else [leg[0], (leg[1][0], y(33))], 8.6 * b, 255)
+        box(brush, x - hip, y(60), x + hip, y(48), 255, 3 * u)
+    dress(mask, person["bottom"])
+
+    arms = [[(x + k * (shoulder - 1.5 * u), y(85)), (x + k * (shoulder + 3 * u), y(70)), (x + k * (shoulder + 2 * u) + k * swing, y(55))]
+            for k in (-1, 1)]
+    mask, brush = layer()
+    for arm in arms:
+        limb(pen, arm, 4.8 * u, person["skin"])
+        limb(brush, arm if person["up"] == 0 else [arm[0], (arm[1][0], y(75))], 6.2 * u, 255)
+    dot(pen, x + lean * 0.6, y(91), 3.4 * u, 5 * u, person["skin"])
+    shape(brush, [(x - shoulder * 0.6, y(91)), (x + shoulder * 0.6, y(91)), (x + shoulder, y(86)), (x + waist, y(66)), (x + hip, y(53)),
+                  (x - hip, y(53)), (x - waist, y(66)), (x - shoulder, y(86))], 255)
+    dress(mask, person["top"])
+
+    head = (x + lean, y(101))
+    dot(pen, *head, 6.6 * u, 8.2 * u, person["skin"])
+    if back:
+        dot(pen, head[0], head[1] - 0.8 * u, 7.2 * u, 8.2 * u, hair)
+        if person["hair"]:
+            box(pen, head[0] - 7.6 * u, y(104), head[0] + 7.6 * u, y(78), hair, 5 * u)
+    else:
+        pen.chord([(head[0] - 7.2 * u) * s, y(111) * s, (head[0] + 7.2 * u) * s, y(95) * s], 175, 365, hair)
+        for k in (-1, 1):
+            dot(pen, head[0] + k * 2.5 * u + side * 0.8 * u, y(101), 0.9 * u, 1.1 * u, (30, 26, 26))
+        if person["hair"]:
+            for k in (-1, 1):
+                box(pen, head[0] + k * 8 * u, y(104), head[0] + k * 5.2 * u, y(84), hair, 1.2 * u)
+    if person["hat"]:
+        pen.chord([(head[0] - 8 * u) * s, y(115) * s, (head[0] + 8 * u) * s, y(96) * s], 180, 360, person["hat_colour"])
+        box(pen, head[0] - 10 * u, y(106.5), head[0] + 10 * u, y(104), person["hat_colour"], u)
+    if person["backpack"]:
+        if back:
+            box(pen, x - 8.5 * b, y(89), x + 8.5 * b, y(60), person["pack_colour"], 4 * u)
+            box(pen, x - 5.5 * b, y(72), x + 5.5 * b, y(63), tuple(int(v * 0.7) for v in person["pack_colour"]), 2 * u)
+        else:
+            for k in (-1, 1):
+                limb(pen, [(x + k * 7 * b, y(90)), (x + k * 7.4 * b, y(66))], 2.6 * u, person["pack_colour"])
+    if person["bag"]:
+        limb(pen, [(x - side * shoulder * 0.7, y(90)), (x + side * hip, y(56))], 1.8 * u, person["bag_colour"])
+        box(pen, x + side * (hip - 3 * u), y(58), x + side * (hip + 8 * u), y(46), person["bag_colour"], 1.5 * u)
+    hand = arms[0 if side > 0 else 1][-1]
+    if person["handbag"]:
+        pen.arc([(hand[0] - 4 * u) * s, (hand[1] - 1 * u) * s, (hand[0] + 4 * u) * s, (hand[1] + 9 * u) * s], 180, 360, person["handbag_colour"], 4)
+        shape(pen, [(hand[0] - 4.5 * u, hand[1] + 4 * u), (hand[0] + 4.5 * u, hand[1] + 4 * u), (hand[0] + 6 * u, hand[1] + 14 * u),
+                    (hand[0] - 6 * u, hand[1] + 14 * u)], person["handbag_colour"])
+    if old:
+        limb(pen, [(arms[1][-1][0] + 2 * u, y(56)), (arms[1][-1][0] + 4 * u, y(2))], 1.6 * u, (92, 66, 44))
+    if random.rand() < 0.14:  # something in the way: a post, or a passer-by's shoulder
+        colour = tuple(int(v) for v in random.randint(50, 200, 3))
+        if random.rand() < 0.5:
+            at = random.uniform(4, 60)
+            box(pen, at, 0, at + random.uniform(3, 6), 128, colour)
+        else:
+            at = random.choice([-6, 70])
+            dot(pen, at, random.uniform(70, 110), 17, 46, colour)
+
+    picture = picture.resize((width, height), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
+    pixels = np.asarray(picture, np.float64) * np.array(light) * random.uniform(0.88, 1.12)
+    pixels += random.normal(0, 4.0, pixels.shape)
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------- the network and its input
+
+
+def random_affine(count, size, generator, degrees=10.0):
+    """Flip (p 0.5) and rotation (uniform in +-degrees), the augmentation of [report] section 2: float32 [count, 2, 3].
+
+    One matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes: hence the aspect ratio.
+    """
+    angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
+    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]
+    zero = torch.zeros(count)
+    return torch.stack([mirror * cos, -mirror * sin * aspect, zero, sin / aspect, cos, zero], 1).view(count, 2, 3)
+
+
+def augment(crops, affine):
+    """Apply one affine matrix per image, [B, 2, 3], to uint8 or float crops [B, 3, H, W]: float32, black outside."""
+    grid = F.affine_grid(affine, list(crops.shape), align_corners=False)
+    return F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+class MatrixConv2d(nn.Conv2d):
+    """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps.
+
+    oneDNN is at a third of the processor's matrix rate on layer4's maps of 4x2 pixels; this takes half its time there.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
+            return super().forward(x)
+        s, (h, w) = self.stride[0], x.shape[2:]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        near = torch.cat([padded[:, i:i + h:s, j:j + w:s] for i in range(3) for j in range(3)], 3)  # [B, h/s, w/s, 9C]
+        y = near.flatten(0, 2) @ self.weight.permute(0, 2, 3, 1).flatten(1).T
+        return y.view(*near.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+class Backbone(nn.Module):
+    """ResNet18 ([report] reference 2) up to its pooled features: crops [B, 3, H, W] in 0..255 -> [B, 512]."""
+
+    def __init__(self, state=None):
+        """state: a torchvision ResNet18 state dict to start from; None: random weights."""
+        super().__init__()
+        self.net = resnet18()
+        if state is not None:
+            self.net.load_state_dict(state)
+        self.net.fc = nn.Identity()
+        for module in self.net.layer4.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.__class__ = MatrixConv2d
+        self.net.to(memory_format=torch.channels_last)
+        # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
+        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, crops):
+        x = (crops.float() - self.mean) / self.std
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+def backbone_weights(choice):
+    """State dict for `Backbone`: choice "none" -> None; "imagenet" -> downloaded once; else a file of torchvision's."""
+    if choice == "none":
+        return None
+    if choice == "imagenet":
+        url = ResNet18_Weights.IMAGENET1K_V1.url
+        instead = "pass --weights none to start from random weights, or --weights FILE with a downloaded copy."
+        if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]).is_file():
+            # A network that swallows packets can hang a look-up for minutes, so ask in a thread that may be left behind.
+            answer = []
+            probe = threading.Thread(target=lambda: answer.append(_probe(url)), daemon=True)
+            probe.start()
+            probe.join(15)
+            if answer != [None]:
+                raise UserError(f"ImageNet weights could not be downloaded from {url} ({(answer or ['no answer'])[0]}): {instead}")
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # a transfer that stalls later
+        try:
+            return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"ImageNet weights could not be downloaded from {url} ({error}): {instead}") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    state = torch_load(choice)
+    expected = resnet18().state_dict()
+    if not isinstance(state, dict) or any(k not in state or state[k].shape != v.shape
+                                          for k, v in expected.items() if not k.startswith("fc.")):
+        raise UserError(f"{choice} is not a state dict of torchvision's ResNet18, which --weights needs.")
+    return {k: state.get(k, v) if not k.startswith("fc.") else v for k, v in expected.items()}
+
+
+def _probe(url):
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except OSError as error:
+        return error
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear from 0 to `peak` over the first `warmup` of all steps, then linear to 0 ([report] section 4.1)."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def autocast(device):
+    """bfloat16 where the processor computes in it, float32 elsewhere (where emulation would only cost time)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
+
+
+def precision(device):
+    """"bfloat16" or "float32": what `autocast` uses on this device."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # the names are private and newer than some versions: without them, float32
+        native = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+                                              for unit in ("avx512_bf16", "amx_tile"))
+    return "bfloat16" if native else "float32"
+
+
+def infer(model, crops, rows=None, batch=512):
+    """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
+    device, outputs = next(model.parameters()).device, []
+    rows = torch.arange(len(crops)) if rows is None else rows
+    model.eval()
+    with torch.inference_mode(), autocast(device):
+        for chunk in rows.to(crops.device).split(batch):
+            out = model(crops[chunk].to(device))
+            outputs.append(out if isinstance(out, list) else [out])
+        merged = [torch.cat(parts).float() for parts in zip(*outputs)]
+    return merged if isinstance(out, list) else merged[0]
+
+
+def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
+    """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
+
+    crops       uint8 [N, 3, H, W] on the device
+    plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` a step's items consist of
+    criterion   (outputs of the model for k x B crops, int64 rows [B] or [B, k]) -> scalar loss
+    validate    () -> dict of figures; the first decides which epoch is best and when to stop early
+    checkpoint  what the file args.out says beside the model's weights
+    record      dict that stands beside it as JSON; gets a row per epoch
+
+    AdamW; linear warm-up, then linear to 0, per step. Each epoch's last images that fill no batch are left out; they
+    are others in each epoch. Returns the best epoch's row.
+    """
+    device, out = crops.device, Path(args.out)
+    generator = torch.Generator().manual_seed(args.seed)
+    parameters = list(model.parameters())
+    # One-dimensional views of the same memory: AdamW's fused kernel would first copy a channels-last tensor.
+    dense = [flat(p.detach()) for p in parameters]
+    optimizer = torch.optim.AdamW(dense, lr=args.lr, fused=True)
+    best, start = None, time.perf_counter()
+    for epoch in range(1, args.epochs + 1):
+        items = plan(generator)
+        batch = min(args.batch, len(items))
+        steps, width = len(items) // batch, items[0].numel()
+        affine = random_affine(items.numel(), crops.shape[2:], generator).view(*items.shape, 2, 3).to(device)
+        items, losses, begin = items.to(device), torch.zeros(steps, device=device), time.perf_counter()
+        shown = begin
+        model.train()
+        for step in range(steps):
+            now = slice(step * batch, (step + 1) * batch)
+            lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
+            rows, warp = items[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
+            with autocast(device):
+                loss = criterion(model(augment(crops[rows], warp)), items[now])
+            model.zero_grad()
+            loss.backward()
+            for view, p in zip(dense, parameters):
+                view.grad = None if p.grad is None else flat(p.grad)
+            optimizer.step()
+            losses[step] = loss.detach()
+            if step + 1 == steps or time.perf_counter() - shown > 0.5:  # the only moments at which the host waits
+                done, shown = losses[:step + 1], time.perf_counter()
+                if not done.isfinite().all():
+                    bad = int(done.isfinite().int().argmin())
+                    kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
+                    raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. Try a lower --lr.")
+                speed = (step + 1) * batch * width / (shown - begin)
+                left = ((args.epochs - epoch + 1) * steps - step - 1) * batch * width / speed
+                progress(f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {done.mean().item():.4f}  "
+                         f"{speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+        row = dict(epoch=epoch, loss=losses.mean().item(), lr=lr, seconds=round(shown - begin, 3), images_per_second=round(speed, 1))
+        progress(f"epoch {epoch}/{args.epochs}  validating")
+        figures = validate()
+        row.update(figures)
+        record["epochs"].append(row)
+        metric = next(iter(figures))
+        better = best is None or row[metric] > best[metric]
+        if better:
+            best = row
+            save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
+        record["seconds"]["training and validation"] = round(time.perf_counter() - start, 1)
+        write_record(out, record)
+        progress("")
+        print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
+              + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
+        if epoch - best["epoch"] >= args.patience:
+            print(f"Stopped early: {metric} is no better than {args.patience} epochs ago.")
+            break
+    model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
+    return best
+
+
+def flat(tensor):
+    """All elements in the order they have in memory, [n], without a copy; for dense and channels-last tensors."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1) if tensor.dim() == 4 else tensor.reshape(-1)
+
+
+def keep_memory():
+    """Have glibc keep freed blocks for the next step: else each is mapped and zeroed anew, a seventh of a step's time."""
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its upper limit
+        except (OSError, AttributeError):
+            pass  # another C library: as it is
+
+
+def progress(text):
+    """Show one line that the next call overwrites; nothing where the output is a file."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------- files, settings, errors
+
+
+def write_whole(path, write):
+    """Call write(file) on a temporary file beside `path`, then put it in its place: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise UserError(f"{path} cannot be written ({error}).") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def check_output(path):
+    """Make the folder of `path` and try to write in it: better before the training than after."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        probe = Path(path).with_name(f".{Path(path).name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --out.") from None
+
+
+def write_record(out, record):
+    """Write the run's record beside its checkpoint, the same name with .json."""
+    record["peak_memory_MB"] = peak_memory()
+    text = json.dumps(record, indent=1)
+    text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", text)  # a line per epoch, not per figure
+    write_whole(Path(out).with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def peak_memory():
+    """Highest memory use so far in MB: {"host": ..., "device": ...}; None where the system does not say."""
+    try:
+        import resource  # not on Windows
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    except ImportError:
+        host = None
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"host": host and round(host), "device": device and round(device)}
+
+
+def torch_load(path):
+    """Load a file of tensors and plain values; never runs code from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint: a dict of tensors and plain values with "kind", "model", "args", "train_ids", ..."""
+    write_whole(path, lambda file: torch.save(dict(checkpoint, version=1), file))
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
+    checkpoint = torch_load(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") or checkpoint.get("version") != 1:
+        raise UserError(f"{path} is not a checkpoint of this project.")
+    if checkpoint["kind"] != kind:
+        raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
+    return checkpoint
+
+
+def load_weights(model, state, path):
+    """Load a state dict into `model`; one that does not fit is the user's error."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"The weights in {path} do not fit the network: another version of this project made it.") from None
+    return model
+
+
+def saved_split(checkpoint, person_ids, path):
+    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
+    train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
+    if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
+        raise UserError(f"{path} was trained on other identities than this data set's: pass the --data it was trained on.")
+    return torch.isin(person_ids, train), torch.isin(person_ids, validation)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors that end as all others do."""
+
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: `kind` from `low` (or above it) to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value or low == value and not above) or not value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not " + ("above" if above else "at least") + f" {low}"
+                                             + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def image_size(text):
+    """An argparse type: "128x64" -> (128, 64), height and width."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    size = tuple(map(int, match.groups())) if match else (0, 0)
+    if not all(32 <= side <= 1024 for side in size):
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024 (128x64)")
+    return size
+
+
+def shared_flags(parser, epochs, lr, out):
+    """Add the flags that both scripts have; defaults are the report's."""
+    group = parser.add_argument_group("data, training and output")
+    group.add_argument("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: "
+                       "./Market-1501-v15.09.15; where that is not, a drawn demo set)")
+    group.add_argument("--size", type=image_size, default=(128, 64), metavar="HxW", help="crops' height x width (128x64, their own)")
+    group.add_argument("--weights", metavar="W", help="to start from: imagenet, none, or a FILE with torchvision's ResNet18 "
+                       "(imagenet; none for the demo set)")
+    group.add_argument("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
+    group.add_argument("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
+    group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the "
+                       "rate rises; then it falls to 0 (0.1, report section 4)")
+    group.add_argument("--batch", type=number(int, 1), default=32, metavar="N", help="images, or anchors, a step (32)")
+    group.add_argument("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
+    group.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint; its record is .json beside it ({out})")
+    return group
+
+
+def choose_device(args):
+    """The device that --device asks for, if this machine has it, made ready."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.device not in ("auto", "cpu", best):
+        raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: pass --device {best}.")
+    device = torch.device(best if args.device == "auto" else args.device)
+    keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def start(args):
+    """Settle device, data and weights, and say so: -> device. Sets args.data, args.weights, args.device, args.demo."""
+    device = choose_device(args)
+    if args.data is None:
+        args.data = Path("Market-1501-v15.09.15")
+        if not args.data.is_dir():
+            args.data = Path("Market-1501-demo")
+            if not (args.data / DRAWN).is_file():
+                print(f"Drawing the demo set into ./{args.data} ...", flush=True)
+                draw_market(args.data, 100, 6, seed=0)
+    elif not args.data.is_dir():
+        raise UserError(f"--data {args.data} is not a folder.")
+    args.demo = (args.data / DRAWN).is_file()
+    args.weights = args.weights or ("none" if args.demo else "imagenet")
+    args.device = device.type
+    if args.demo:
+        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. README says how to get that.")
+    print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
+          f"{args.size[0]}x{args.size[1]} | weights {args.weights} | seed {args.seed}", flush=True)
+    return device
+
+
+def new_record(args):
+    """What a record says before the first epoch."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores", "precision": precision(torch.device(args.device)),
+            "epochs": [], "final": {}, "seconds": {}}
+
+
+def run(main):
+    """Run a script's main(); the one place where errors become sentences and exit codes."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        progress("")
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{script}: the device's memory is full: lower --batch or --size, or pass --device cpu.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script}: stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------ tables and figures
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: told apart by the colour-blind
+INK, GREY = "#222222", "#8a8a8a"
+
+
+def table(title, header, rows, best=None):
+    """Print rows [name, figures...] under a header; `best` (max or min) marks each row's best figure with a star."""
+    def cell(value, row):
+        if isinstance(value, str):
+            return value
+        mark = "" if best is None else " *" if value == best(v for v in row if v == v) else "  "
+        return ("-" if value != value else f"{value:.2f}") + mark
+
+    cells = [header, *([row[0], *(cell(v, row[1:]) for v in row[1:])] for row in rows)]
+    if best:
+        cells[0] = [header[0], *(h + "  " for h in header[1:])]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    print(f"\n{title}")
+    for row in cells:
+        print(f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:])))
+    sys.stdout.flush()
+
+
+def charts(path, panels, columns=1, size=(560, 330)):
+    """Draw panels, `columns` to a row, into a PNG file twice as large as `size` (width, height) says for each.
+
+    A panel is a dict: title; either bars {category: value} or lines {legend: (xs, ys)} with axis labels x and y and,
+    if wanted, marks {legend: x} drawn as dashed verticals.
+    """
+    scale, (width, height) = 4, size
+    picture = Image.new("RGB", (width * columns * scale, height * math.ceil(len(panels) / columns) * scale), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def text(x, y, string, anchor, points=13, colour=INK):
+        pen.text((x * scale, y * scale), string, colour, ImageFont.load_default(points * scale), anchor)
+
+    def line(points, colour, thick=2.0):
+        pen.line([(x * scale, y * scale) for x, y in points], colour, round(thick * scale), joint="curve")
+
+    for i, panel in enumerate(panels):
+        left, top = i % columns * width, i // columns * height
+        text(left + 16, top + 20, panel["title"], "lm", 15)
+        if "bars" in panel:
+            step = (height - 44) / max(len(panel["bars"]), 4)
+            for k, (name, value) in enumerate(panel["bars"].items()):
+                y, length = top + 40 + (k + 0.5) * step, (width - 150) * value / 100
+                text(left + 84, y, name, "rm")
+                pen.rectangle([c * scale for c in (left + 90, y - 0.36 * step, left + 90 + length, y + 0.36 * step)], COLOURS[0])
+                text(left + 95 + length, y, f"{value:.1f} %", "lm", 12)
+            continue
+        x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 44
+        (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
+        x_ticks, y_ticks = ticks(min(map(min, xs)), max(map(max, xs))), ticks(min(map(min, ys)), max(map(max, ys)))
+        low, high = min(map(min, xs)), max(max(map(max, xs)), min(map(min, xs)) + 1e-9)
+        at_x = lambda v: x0 + (x1 - x0) * (v - low) / (high - low)
+        at_y = lambda v: y0 + (y1 - y0) * (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        for v in y_ticks:
+            line([(x0, at_y(v)), (x1, at_y(v))], "#e4e4e4", 1)
+            text(x0 - 6, at_y(v), f"{v:g}", "rm", 12)
+        for v in x_ticks:
+            if low <= v <= high:
+                line([(at_x(v), y0), (at_x(v), y0 + 4)], GREY, 1)
+                text(at_x(v), y0 + 7, f"{v:g}", "mt", 12)
+        line([(x0, y1), (x0, y0), (x1, y0)], GREY, 1)
+        text((x0 + x1) / 2, y0 + 36, panel["x"], "mm")
+        text(x0 - 48, y1 - 10, panel["y"], "lm", 12, GREY)
+        legend = []
+        for colour, (name, (xv, yv)) in zip(COLOURS, panel["lines"].items()):
+            line([(at_x(a), at_y(b)) for a, b in zip(xv, yv)], colour)
+            legend.append((name, colour))
+        for colour, (name, v) in zip(COLOURS[len(legend):] + COLOURS, marks.items()):
+            for k in range(0, 40, 2):
+                line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], colour, 1.5)
+            legend.append((name, colour))
+        for k, (name, colour) in enumerate(legend):
+            text(x1 - 4, y1 + 10 + 18 * k, name, "rm", 12, colour)
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
+
+
+def ticks(low, high, most=6):
+    """Round numbers, at most about `most`, from at or below `low` to at or above `high`."""
+    span = high - low or abs(high) or 1.0
+    step = next(s for e in range(-9, 12) for s in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if span / s <= most)
+    return [round(k * step, 10) for k in range(math.floor(low / step), math.ceil(high / step) + 1 or 1)]
+
+
+def curves(path, rows, title):
+    """Training curves of a record's epochs: the loss, and the validation figures in percent."""
+    x = [row["epoch"] for row in rows]
+    figures = {k: (x, [100 * row[k] for row in rows]) for k in list(rows[0])[5:]}
+    charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": {"training": (x, [r["loss"] for r in rows])}},
+                  {"title": f"{title}: validation", "x": "epoch", "y": "%", "lines": figures}], columns=2)
