@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Stage 1, person attribute recognition: ResNet18 with a Dropout + Linear head for each of 12 attributes.
+
+    python par.py --loss wce --epochs 15                train; best checkpoint par_best.pt
+    python par.py --loss all                            the four losses in turn: tables 2 and 3
+    python par.py --eval par_best.pt                    score on validation and on the test identities
+    python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
+    python par.py --stats                               class frequencies: table 4 and figure 4
+
+[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and Trebucchi
+(University of Trento); tables and figures have its numbers.
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+from common import ATTRIBUTES, UserError
+
+LOSSES = {"ce": "Vanilla CE", "wce": "Weighted CE", "focal": "Focal", "alpha": "AlphaFocal"}
+
+
+# ------------------------------------------------------------------------------------------------ network and losses
+
+
+class AttributeNet(nn.Module):
+    """[report] figure 1: crops [B, 3, H, W] in 0..255 -> list of 12 logits, [B, classes] each."""
+
+    def __init__(self, dropout=0.5, state=None):
+        super().__init__()
+        self.backbone = common.Backbone(state)
+        self.heads = nn.ModuleList(nn.Sequential(nn.Dropout(dropout), nn.Linear(512, len(names)))
+                                   for names in ATTRIBUTES.values())
+
+    def forward(self, crops):
+        features = self.backbone(crops)
+        return [head(features) for head in self.heads]
+
+
+def class_weights(labels):
+    """Inverse class frequencies ([report] section 3.1.2): labels int64 [N, 12] -> list of 12 float tensors [classes].
+
+    A class that does not occur weighs 0, and the mean weight over the labelled images is 1, so that a weighted loss
+    has the scale of a plain one.
+    """
+    counts = class_counts(labels)
+    return [torch.where(n > 0, n.sum() / (n.clamp(min=1) * (n > 0).sum()), 0) for n in counts]
+
+
+def class_counts(labels):
+    """Images per class: labels int64 [N, 12], -1 unknown -> list of 12 float tensors [classes]."""
+    return [torch.bincount(labels[labels[:, k] >= 0, k], minlength=len(names)).float()
+            for k, names in enumerate(ATTRIBUTES.values())]
+
+
+def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
+    """Sum over the attributes of the mean loss over the images that have a label ([report] section 3.1.2).
+
+    logits: list of 12 tensors [B, classes]; labels: int64 [B, 12], -1 unknown; weights: as from `class_weights`.
+    kind: "ce" -log(p_t); "wce" w_t times that; "focal" (1 - p_t)^gamma times that (Lin et al. 2018, eq. 4);
+    "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that no p_t underflows.
+    """
+    total = 0
+    for k, z in enumerate(logits):
+        target, known = labels[:, k].clamp(min=0), labels[:, k] >= 0
+        log_p = F.log_softmax(z, 1, dtype=torch.promote_types(z.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+        loss = -log_p
+        if kind in ("focal", "alpha"):
+            loss = loss * (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma  # a slope at 0 is infinite for gamma < 1
+        if kind in ("wce", "alpha"):
+            loss = loss * weights[k][target]
+        total = total + (loss * known).sum() / known.sum().clamp(min=1)
+    return total
+
+
+def score(predicted, labels):
+    """Accuracy and macro F1 of each attribute: int64 [N, 12] twice, -1 unlabelled -> (accuracy [12], f1 [12]), fractions.
+
+    Macro F1 is the mean over the classes that occur in truth or prediction, scikit-learn's definition. NaN for an
+    attribute without a label.
+    """
+    accuracy, f1 = [], []
+    for k, names in enumerate(ATTRIBUTES.values()):
+        known = labels[:, k] >= 0
+        truth, guess, n = labels[known, k], predicted[known, k], len(names)
+        confusion = torch.bincount(truth * n + guess, minlength=n * n).view(n, n).double()
+        hits, either = confusion.diag(), confusion.sum(0) + confusion.sum(1)
+        accuracy.append(hits.sum() / known.sum())
+        f1.append((2 * hits / either)[either > 0].mean())
+    return torch.stack(accuracy), torch.stack(f1)
+
+
+def predict(model, crops, rows=None):
+    """Most probable classes: uint8 crops [N, 3, H, W] -> int64 [N, 12], on the CPU."""
+    return torch.stack([z.argmax(1) for z in common.infer(model, crops, rows)], 1).cpu()
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def load_train(args):
+    """The training half of the data set, which stage 1 needs annotations for."""
+    market = common.load_market(args.data, "train", args.size)
+    if (market.labels < 0).any():
+        raise UserError(f"{args.data} has no annotations: annotations_train.csv or market_attribute.mat belongs there.")
+    return market
+
+
+def train(args, kind, out, market, split, crops):
+    """Train with one loss, write checkpoint, record and curves: -> (accuracy [12], f1 [12]) on validation."""
+    chosen, held = split
+    torch.manual_seed(args.seed)  # the same start for each loss
+    model = AttributeNet(args.dropout, common.backbone_weights(args.weights)).to(crops.device)
+    labels = market.labels.to(crops.device)
+    weights = [w.to(crops.device) for w in class_weights(market.labels[chosen])]
+    pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
+
+    def validate():
+        accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
+        return {"f1": f1.mean().item(), "accuracy": accuracy.mean().item()}
+
+    record = common.new_record(args) | {"loss": kind, "images": {"train": len(pool), "validation": len(validation)}}
+    checkpoint = {"kind": "par", "args": record["arguments"] | {"loss": kind}, "versions": record["versions"],
+                  "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique()}
+    settings = argparse.Namespace(**vars(args) | {"out": out})
+    print(f"\n{LOSSES[kind]}: {len(pool)} training and {len(validation)} validation crops of "
+          f"{len(checkpoint['train_ids'])} and {len(checkpoint['validation_ids'])} identities")
+    best = common.fit(model, crops, lambda generator: pool[torch.randperm(len(pool), generator=generator)],
+                      lambda logits, rows: attribute_loss(logits, labels[rows], kind, weights, args.gamma),
+                      validate, settings, checkpoint, record)
+    accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
+    record["final"] = {"best epoch": best["epoch"], "validation": figures(accuracy, f1)}
+    common.write_record(out, record)
+    common.curves(Path(out).with_suffix(".png"), record["epochs"], f"Stage 1, {LOSSES[kind]}")
+    return accuracy, f1
+
+
+def figures(accuracy, f1):
+    """What a record says of a score: percentages by attribute and their mean, Global."""
+    return {name: {k: round(100 * v, 2) for k, v in zip([*ATTRIBUTES, "global"], [*values.tolist(), values.mean().item()])}
+            for name, values in (("accuracy", accuracy), ("f1", f1))}
+
+
+def commonest(labels, reference):
+    """Score of predicting each attribute's commonest class in `reference` for all of `labels`."""
+    return score(torch.stack([n.argmax() for n in class_counts(reference)]).expand_as(labels), labels)
+
+
+def show(title, columns):
+    """Print percentages as [report] tables 2 and 3 do: columns is a dict of names -> [12] fractions."""
+    rows = [[a.capitalize()] + [100 * v[k].item() for v in columns.values()] for k, a in enumerate(ATTRIBUTES)]
+    rows.append(["Global"] + [100 * v.mean().item() for v in columns.values()])
+    common.table(title, ["", *columns], rows, best=max)
+
+
+def evaluate(args):
+    """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
+    checkpoint, model = load(args)
+    market = load_train(args)
+    chosen, held = common.saved_split(checkpoint, market.person_ids, args.eval)
+    test = common.load_market(args.data, "gallery", args.size)
+    for name, part, rows in (("validation", market, held), ("test", test, test.labels[:, 0] >= 0)):
+        if not rows.any():
+            print(f"\nThe {name} crops have no annotations: not scored.")
+            continue
+        accuracy, f1 = score(predict(model, part.images, rows.nonzero()[:, 0]), part.labels[rows])
+        title = f"{args.eval} on {int(rows.sum())} {name} crops of {len(part.person_ids[rows].unique())} identities (%)"
+        show_one(title, accuracy, f1, part.labels[rows], market.labels[chosen])
+
+
+def show_one(title, accuracy, f1, labels, reference):
+    """Print one model's accuracy and F1, each beside that of always predicting the training half's commonest class."""
+    guess_accuracy, guess_f1 = commonest(labels, reference)
+    show(title, {"accuracy": accuracy, "commonest": guess_accuracy, "F1": f1, "commonest's": guess_f1})
+
+
+def load(args):
+    """Read the checkpoint of --eval: -> (checkpoint, network); sets args.size to what it was trained with."""
+    checkpoint = common.load_checkpoint(args.eval, "par")
+    args.size = tuple(checkpoint["args"]["size"])
+    return checkpoint, common.load_weights(AttributeNet(), checkpoint["model"], args.eval).to(args.device)
+
+
+def predict_files(args):
+    """Write the attributes of the user's own images, and of all images in folders, as CSV on standard output."""
+    _, model = load(args)
+    paths, crops = common.read_user_images(args.predict, args.size)
+    logits = common.infer(model, crops.to(args.device))
+    best = [z.softmax(1).cpu().max(1) for z in logits]
+    table = csv.writer(sys.stdout)
+    table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
+    for i, path in enumerate(paths):
+        table.writerow([path, *(names[b.indices[i]] for names, b in zip(ATTRIBUTES.values(), best)),
+                        *(f"{b.values[i]:.3f}" for b in best)])
+
+
+def statistics(args):
+    """Print how often each class occurs in the training half ([report] table 4) and draw it (figure 4)."""
+    market = load_train(args)
+    _, first = np.unique(market.person_ids.numpy(), return_index=True)
+    crops, people = class_counts(market.labels), class_counts(market.labels[torch.from_numpy(first)])
+    rows = [[f"{attribute} {name}", int(c), 100 * (c / n.sum()).item(), int(p), 100 * (p / m.sum()).item()]
+            for (attribute, names), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(names, n, m)]
+    common.table(f"Table 4: classes in {args.data}, {len(market.names)} training crops of {len(first)} identities",
+                 ["", "crops", "%", "identities", "%"], [[r[0], str(r[1]), r[2], str(r[3]), r[4]] for r in rows])
+    path = args.out.with_name("par_stats.png")
+    common.check_output(path)
+    common.charts(path, [{"title": a, "bars": {name: 100 * (c / n.sum()).item() for name, c in zip(names, n)}}
+                         for (a, names), n in zip(ATTRIBUTES.items(), crops)], columns=3, size=(330, 260))
+    print(f"Figure 4: {path}")
+
+
+def main():
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("stage 1")
+    group.add_argument("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
+                       "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
+    group.add_argument("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of the focal losses (2, Lin et al. 2018)")
+    group.add_argument("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
+    group.add_argument("--eval", type=Path, metavar="FILE", help="checkpoint of par.py to score instead of training")
+    group.add_argument("--predict", type=Path, nargs="+", metavar="PATH", help="with --eval: attributes of these images and folders, as CSV")
+    group.add_argument("--stats", action="store_true", help="class frequencies of the training half: table 4 and figure 4")
+    common.shared_flags(parser, 15, 3e-4, "par_best.pt")
+    args = parser.parse_args()
+    if args.predict and not args.eval:
+        raise UserError("--predict needs --eval FILE, the checkpoint to predict with.")
+    if args.eval:  # before a data set is drawn or read
+        common.load_checkpoint(args.eval, "par")
+    if args.predict:
+        args.device = common.choose_device(args).type
+        return predict_files(args)
+    device = common.start(args)
+    if args.eval or args.stats:
+        return evaluate(args) if args.eval else statistics(args)
+
+    market = load_train(args)
+    split = common.split_identities(market.person_ids, seed=args.seed)
+    common.check_output(args.out)
+    crops = market.images.to(device)
+    if args.loss != "all":
+        accuracy, f1 = train(args, args.loss, args.out, market, split, crops)
+        return show_one(f"{args.out} on validation (%)", accuracy, f1, market.labels[split[1]], market.labels[split[0]])
+    scores = {LOSSES[kind]: train(args, kind, args.out.with_stem(f"{args.out.stem}_{kind}"), market, split, crops) for kind in LOSSES}
+    scores["commonest"] = commonest(market.labels[split[1]], market.labels[split[0]])
+    for k, title in enumerate(("Table 2: accuracy (%) for the losses, validation", "Table 3: macro F1 (%) for the losses, validation")):
+        show(title, {name: score[k] for name, score in scores.items()})
+
+
+if __name__ == "__main__":
+    common.run(main)
