@@ -1,0 +1,477 @@
+#!/usr/bin/env python3
+"""Stage 2, person re-identification: a Siamese network trained with triplets from colour clusters.
+
+    python reid.py --init par_best.pt                   train from stage 1; best checkpoint reid_best.pt
+    python reid.py                                      the same without transfer
+    python reid.py --init par_best.pt --compare         both: table 1
+    python reid.py --eval reid_best.pt                  validation and official test, every selection
+    python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
+
+[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and Trebucchi
+(University of Trento); tables and figures have its numbers.
+"""
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import par
+from common import UserError
+
+MARGIN = 1.0
+
+
+# ---------------------------------------------------------------------------------------------- clusters and triplets
+
+
+def cluster_histograms(images, clusters, seed=0):
+    """Group visually similar crops ([report] section 3.2.2): uint8 [N, 3, H, W] -> int64 [N] in 0..clusters-1.
+
+    k-means, from a k-means++ start, over colour histograms of 8 x 8 x 8 bins. On their square roots, where the squared
+    Euclidean distance is Hellinger's: on raw counts a few full bins (the background's) would decide alone.
+    """
+    if len(images) == 0:
+        raise UserError("There are no crops to cluster.")
+    histograms = []
+    for part in images.split(512):
+        red, green, blue = (part[:, channel].flatten(1).int() >> 5 for channel in range(3))
+        row = torch.arange(len(part), dtype=torch.int32, device=part.device)[:, None]
+        histograms.append(torch.bincount((row << 9 | red << 6 | green << 3 | blue).flatten(), minlength=512 * len(part)))
+    histograms = torch.cat(histograms).view(-1, 512)
+    points = (histograms / histograms.sum(1, keepdim=True)).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(min(clusters, len(points)), generator=generator, dtype=torch.float64).to(points.device)
+
+    nearest = torch.full((len(points),), 4.0, device=points.device)  # squared distance to the nearest centre so far
+    centres = points[:0]
+    for draw in draws:  # k-means++ (Arthur and Vassilvitskii 2007): the next centre in proportion to that distance
+        mass = nearest.cumsum(0, dtype=torch.float32 if points.device.type == "mps" else torch.float64)
+        pick = torch.searchsorted(mass, (draw * mass[-1]).to(mass.dtype).view(1)).clamp(max=len(points) - 1)
+        centres = torch.cat([centres, points[pick]])
+        nearest = torch.minimum(nearest, (2 - 2 * points @ points[pick][0]).clamp(min=0))
+    assigned = None
+    for _ in range(50):  # Lloyd's iterations; points have length 1, so the nearest centre needs no |x|^2
+        closest = (points @ centres.T - centres.square().sum(1) / 2).argmax(1)
+        if assigned is not None and torch.equal(closest, assigned):
+            break
+        assigned = closest
+        counts = torch.bincount(assigned, minlength=len(centres))[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, assigned, points)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return assigned
+
+
+def sample_triplets(person_ids, clusters, generator=None):
+    """One triplet for each image as anchor, shuffled: int64 [N] twice -> int64 [N, 3], rows (anchor, positive, negative).
+
+    The positive is another image of the anchor's identity, the negative another identity's image from the anchor's
+    cluster; from anywhere where that cluster holds a single identity. Images that are the only one of their identity
+    have no positive: they serve as negatives only, and there are as many rows fewer.
+    """
+    ids, n = person_ids.cpu(), len(person_ids)
+    _, ids = ids.unique(return_inverse=True)
+    clusters = clusters.cpu()
+    draw = torch.rand(2, n, generator=generator, dtype=torch.float64)
+
+    # Images of one identity stand together in `by_id`, from `first`: step on within that block to another image.
+    by_id, size = ids.argsort(stable=True), ids.bincount()
+    first, place = (size.cumsum(0) - size)[ids], torch.empty(n, dtype=torch.int64)
+    place[by_id] = torch.arange(n)
+    others = size[ids] - 1
+    if n == 0 or size.max() < 2 or len(size) < 2:
+        raise UserError("No triplet can be formed: that takes two identities, one of them with two crops or more.")
+    step = 1 + (draw[0] * others).long().clamp(max=(others - 1).clamp(min=0))
+    positive = by_id[first + (place - first + step) % (others + 1)]
+
+    # In `by_group`, sorted by cluster and then identity, what must not be drawn is again one block: jump over it.
+    group = clusters * len(size) + ids
+    by_group, group_size = group.argsort(stable=True), torch.bincount(group, minlength=len(size) * (int(clusters.max()) + 1))
+    group_first = (group_size.cumsum(0) - group_size)[group]
+    cluster_size = clusters.bincount()
+    cluster_first = (cluster_size.cumsum(0) - cluster_size)[clusters]
+
+    def outside(order, start, length, block_start, block_length):
+        room = length - block_length
+        at = start + (draw[1] * room).long().clamp(max=(room - 1).clamp(min=0))
+        return order[(at + block_length * (at >= block_start)).clamp(max=n - 1)], room > 0
+
+    near, exists = outside(by_group, cluster_first, cluster_size[clusters], group_first, group_size[group])
+    far, _ = outside(by_id, torch.zeros_like(ids), torch.full_like(ids, n), first, size[ids])
+    triplets = torch.stack([torch.arange(n), positive, torch.where(exists, near, far)], 1)[others > 0]
+    return triplets[torch.randperm(len(triplets), generator=generator)]
+
+
+# ------------------------------------------------------------------------------------------------- network and loss
+
+
+class EmbeddingNet(nn.Module):
+    """[report] figure 2: stage 1 without its heads, ReLU, a fully connected layer: crops [B, 3, H, W] -> [B, dim]."""
+
+    def __init__(self, dim=120, state=None):
+        super().__init__()
+        self.backbone = common.Backbone(state)
+        self.embed = nn.Sequential(nn.ReLU(), nn.Linear(512, dim))
+
+    def forward(self, crops):
+        return self.embed(self.backbone(crops))
+
+
+def triplet_loss(anchor, positive, negative, margin):
+    """Mean over the triplets of [|a - p|^2 - |a - n|^2 + margin]_+ ([report] section 3.2.1): [B, D] three times -> scalar."""
+    nearer, farther = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
+    return F.relu(nearer - farther + margin).mean()
+
+
+# -------------------------------------------------------------------------------------------------------- the ranking
+
+
+@dataclass
+class Crops:
+    """What ranking needs of N crops."""
+
+    features: torch.Tensor  # float32 [N, D]
+    ids: torch.Tensor  # int64 [N]
+    cameras: torch.Tensor  # int64 [N]
+    attributes: torch.Tensor | None  # int64 [N, 12], as predicted by stage 1
+
+
+def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep=None, cross_camera=True):
+    """Score rankings by distance: float [Q, G] -> dict of fractions, and "queries", how many were scored.
+
+    Junk (gallery id -1) does not take part, nor, with cross_camera, crops of the query's identity from the query's
+    camera, nor any pair whose distance is +inf (a query among its own gallery). What is left and has the query's id is
+    a match; ties are broken by index. keep, bool [Q, G], marks what a selection returned: a match that was not
+    returned has precision 0. Queries without a match are not scored; UserError if that is all of them, or for NaN.
+
+    mAP: the mean over the matches of the precision at each; mAP_trapezoid: of the mean of the precisions at and just
+    before each, as Market-1501's MATLAB code does; rank1, rank5, rank10: queries with a match that early; mINP
+    (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall.
+    """
+    rows = chunk_rows(distances.shape[1])
+    parts = [rank_queries(distances[i:i + rows], query_ids[i:i + rows], query_cameras[i:i + rows], gallery_ids,
+                          gallery_cameras, None if keep is None else keep[i:i + rows], cross_camera)
+             for i in range(0, len(distances), rows)]
+    return mean_metrics(parts)
+
+
+def chunk_rows(columns):
+    """How many queries to rank at once against `columns` gallery crops: about 80 MB of memory."""
+    return max(1, 2**22 // max(1, columns))
+
+
+def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
+    """`rank_metrics` for a few queries: dict of float64 tensors [scored queries]."""
+    if distances.isnan().any():
+        raise UserError("The embeddings hold NaN: the network that made them has diverged. Train again with a lower --lr.")
+    match = gallery_ids == query_ids[:, None]
+    part = (gallery_ids != -1) & ~distances.isinf()
+    if cross_camera:
+        part &= ~(match & (gallery_cameras == query_cameras[:, None]))
+    match &= part
+    total = match.sum(1)
+    if keep is not None:
+        part &= keep
+        match &= keep
+    ranked = distances.masked_fill(~part, torch.inf)
+    # NumPy sorts floats several times faster than torch on a CPU. Only values are sorted; ranks come from searching
+    # for the few matches among them, ties from counting.
+    ordered = ranked.sort(1)[0] if ranked.is_cuda else torch.from_numpy(np.sort(ranked.cpu().numpy(), 1)).to(ranked.device)
+    rows, columns = match.nonzero(as_tuple=True)
+    found = match.sum(1)
+    place = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]
+    values = torch.full((len(total), max(1, int(found.max()))), torch.inf, dtype=ranked.dtype, device=rows.device)
+    values[rows, place] = ranked[rows, columns]
+    before = torch.searchsorted(ordered, values)
+    tied = ((torch.searchsorted(ordered, values, right=True) - before)[rows, place] > 1).nonzero()[:, 0]
+    index = torch.arange(ranked.shape[1], device=rows.device)
+    for t in tied.split(chunk_rows(ranked.shape[1])):
+        r, c = rows[t], columns[t]
+        before[r, place[t]] += ((ranked[r] == ranked[r, c][:, None]) & (index < c[:, None])).sum(1)
+
+    exists = torch.arange(values.shape[1], device=rows.device) < found[:, None]
+    rank = torch.where(exists, before + 1, torch.iinfo(torch.int64).max).sort(1)[0].double()  # [C, M], nearest match first
+    hits = torch.arange(1, values.shape[1] + 1, device=rows.device).double()
+    at = torch.where(exists, hits / rank, 0)
+    just_before = torch.where(exists, torch.where(rank > 1, (hits - 1) / (rank - 1).clamp(min=1), 1), 0)
+    last = rank.gather(1, (found - 1).clamp(min=0)[:, None])[:, 0]
+    length = part.sum(1)
+    stats = {"mAP": at.sum(1) / total, "mAP_trapezoid": (at + just_before).sum(1) / 2 / total,
+             **{f"rank{k}": (rank[:, 0] <= k).double() for k in (1, 5, 10)},
+             "mINP": torch.where(found == total, total / last, 0),
+             "length": length.double(), "precision": found / length.clamp(min=1).double(), "recall": found / total.double()}
+    return {k: v[total > 0] for k, v in stats.items()}
+
+
+def mean_metrics(parts):
+    """Join what `rank_queries` returned for each chunk: dict of means, and "queries"."""
+    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {"mAP": ()}
+    if not len(joined["mAP"]):
+        raise UserError("No query has a match in the gallery, so there is nothing to score.")
+    return {k: v.mean().item() for k, v in joined.items()} | {"queries": len(joined["mAP"])}
+
+
+def distance_chunks(query, gallery):
+    """Yield (slice of queries, Euclidean distances [C, G]) in bounded memory; a crop's distance to itself is +inf."""
+    rows = chunk_rows(len(gallery.ids))
+    for i in range(0, len(query.ids), rows):
+        distances = torch.cdist(query.features[i:i + rows], gallery.features)
+        if query is gallery:
+            distances.diagonal(i).fill_(torch.inf)
+        yield slice(i, i + rows), distances
+
+
+def distance_statistics(query, gallery, bins=100):
+    """Mean distance of all pairs, and figure 3: (mean, bin edges [bins + 1], pairs [bins], matches [bins]), in float64.
+
+    Matches are pairs of one identity in two cameras. Junk takes no part.
+    """
+    finite = [(d[d.isfinite()].sum(dtype=torch.float64).item(), d[d.isfinite()].max().item(), int(d.isfinite().sum()))
+              for _, d in distance_chunks(query, gallery)]
+    sums, tops, pairs = zip(*finite)
+    counts = torch.zeros(2, bins, dtype=torch.float64)
+    for rows, distances in distance_chunks(query, gallery):
+        match = (gallery.ids == query.ids[rows, None]) & (gallery.cameras != query.cameras[rows, None])
+        counts += torch.stack([torch.histc(d, bins, 0, max(tops)).cpu() for d in (distances[distances.isfinite()], distances[match])])
+    return sum(sums) / sum(pairs), torch.linspace(0, max(tops), bins + 1, dtype=torch.float64), *counts
+
+
+def score_selections(query, gallery, selections, cross_camera):
+    """Metrics under several selections, from one pass over the distances: dict of name -> as `rank_metrics`.
+
+    selections: dict of name -> function of distances [C, G] and of the number of predicted attributes that differ
+    [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all.
+    """
+    parts = {name: [] for name in selections}
+    for rows, distances in distance_chunks(query, gallery):
+        differ = None if gallery.attributes is None else differing(query.attributes[rows], gallery.attributes)
+        for name, select in selections.items():
+            parts[name].append(rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids, gallery.cameras,
+                                            select(distances, differ), cross_camera))
+    return {name: mean_metrics(part) for name, part in parts.items()}
+
+
+def differing(query, gallery):
+    """Number of predicted attributes that differ, 0 to 12: int64 [Q, 12], [G, 12] -> [Q, G], one matrix product."""
+    hot = [torch.cat([F.one_hot(side[:, k], len(names)) for k, names in enumerate(common.ATTRIBUTES.values())], 1).float()
+           for side in (query, gallery)]
+    return len(common.ATTRIBUTES) - hot[0] @ hot[1].T
+
+
+def selections(threshold, hamming):
+    """The report's ways to select what is returned (section 4.2.1): nearer than `threshold`; at most `hamming` of the 12
+    predicted attributes differing, if there are predictions (`hamming` is not None); both."""
+    chosen = {"none": lambda distances, differ: None, "threshold": lambda distances, differ: distances < threshold}
+    if hamming is not None:
+        chosen["hamming"] = lambda distances, differ: differ <= hamming
+        chosen["both"] = lambda distances, differ: (differ <= hamming) & (distances < threshold)
+    return chosen
+
+
+def tune_hamming(query, gallery):
+    """The Hamming parameter, 0 to 12, with the highest mAP across cameras (12 returns all); ties go to the smallest."""
+    tries = {k: lambda distances, differ, k=k: differ <= k for k in range(len(common.ATTRIBUTES) + 1)}
+    scores = score_selections(query, gallery, tries, cross_camera=True)
+    return max(scores, key=lambda k: scores[k]["mAP"])
+
+
+# ----------------------------------------------------------------------------------------------- training and results
+
+
+def embed(model, attribute_net, crops, ids, cameras, rows=None):
+    """Embed crops[rows], and predict their attributes if there is a stage-1 network: -> Crops, on the CPU or GPU."""
+    device = next(model.parameters()).device
+    features = common.infer(model, crops, rows)
+    if not features.isfinite().all():
+        raise UserError("The embeddings hold NaN or infinity: the network that made them has diverged. Train again with a lower --lr.")
+    chosen = slice(None) if rows is None else rows
+    attributes = None if attribute_net is None else par.predict(attribute_net, crops, rows).to(device)
+    return Crops(features, ids[chosen].to(device), cameras[chosen].to(device), attributes)
+
+
+def train(args, out, initial, market, split, crops):
+    """Train from a stage-1 checkpoint `initial`, or from --weights if None; write checkpoint, record, curves, figure 3.
+
+    -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
+    """
+    chosen, held = split
+    torch.manual_seed(args.seed)
+    model = EmbeddingNet(args.dim, None if initial else common.backbone_weights(args.weights))
+    attribute_net = None
+    if initial:
+        attribute_net = common.load_weights(par.AttributeNet(), initial["model"], args.init).to(crops.device)
+        model.backbone.load_state_dict(attribute_net.backbone.state_dict())
+    model.to(crops.device)
+    pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
+    begin = time.perf_counter()
+    clusters = torch.zeros(len(pool), dtype=torch.int64) if args.negatives == "random" else \
+        cluster_histograms(crops[pool.to(crops.device)], args.clusters, args.seed).cpu()
+    clustering = time.perf_counter() - begin
+
+    def plan(generator):
+        return pool[sample_triplets(market.person_ids[pool], clusters, generator)]
+
+    def validate():
+        here = embed(model, None, crops, market.person_ids, market.camera_ids, validation)
+        every = {"none": lambda distances, differ: None}
+        across, report = (score_selections(here, here, every, cross)["none"] for cross in (True, False))
+        return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
+
+    record = common.new_record(args) | {"transfer": bool(initial), "images": {"train": len(pool), "validation": len(validation)}}
+    record["seconds"]["clustering"] = round(clustering, 2)
+    checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
+                  "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique(),
+                  "attributes": initial and initial["model"], "hamming": None}
+    start = "stage 1" if initial else f"weights {args.weights}"
+    print(f"\nFrom {start}: {len(pool)} triplets an epoch, {int(clusters.max()) + 1} clusters in {clustering:.1f} s; "
+          f"validation: {len(validation)} crops, each a query")
+    settings = argparse.Namespace(**vars(args) | {"out": out})
+    best = common.fit(model, crops, plan, lambda features, rows: triplet_loss(*features.float().chunk(3), args.margin),
+                      validate, settings, checkpoint, record)
+
+    here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
+    if attribute_net:
+        checkpoint["hamming"] = tune_hamming(here, here)
+        common.save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=best["epoch"]))
+    results = report(args, here, here, checkpoint["hamming"], f"{out}, {len(validation)} validation crops")
+    record["final"] = {"best epoch": best["epoch"], "hamming": checkpoint["hamming"], "validation": results}
+    common.write_record(out, record)
+    common.curves(Path(out).with_suffix(".png"), record["epochs"], f"Stage 2, from {start}")
+    figure_3(args, Path(out).with_name(Path(out).stem + "_distances.png"), here, here)
+    return results
+
+
+def report(args, query, gallery, hamming, title, protocols=("all cameras", "across cameras")):
+    """Print a table of every selection for each protocol: -> dict of protocol -> selection -> metrics."""
+    mean = distance_statistics(query, gallery)[0]
+    threshold = mean if args.threshold == "mean" else args.threshold
+    hamming = args.hamming if args.hamming is not None and gallery.attributes is not None else hamming
+    results = {}
+    for protocol in protocols:
+        results[protocol] = scores = score_selections(query, gallery, selections(threshold, hamming), protocol == "across cameras")
+        names = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
+                 "mINP": "mINP", "precision": "precision", "recall": "recall"}
+        rows = [[name] + [100 * m[k] for k in names] + [f"{m['length']:.1f}"] for name, m in scores.items()]
+        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)", ["selection", *names.values(), "length"], rows)
+    print(f"threshold: distance < {threshold:.3f}" + (" (the mean of all pairs)" if args.threshold == "mean" else "")
+          + (f"; hamming: at most {hamming} of 12 predicted attributes differ" if hamming is not None else
+             "; no Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
+    print("mAP: a match that is not returned counts as precision 0, so that a threshold can only lower it; what it buys is\n"
+          "the precision of the returned lists, whose mean length, precision and recall stand to the right.")
+    return results
+
+
+def figure_3(args, path, query, gallery):
+    """Draw [report] figure 3: how the distances of matches lie within those of all pairs, and the threshold."""
+    mean, edges, pairs, matches = distance_statistics(query, gallery)
+    centres, width = ((edges[1:] + edges[:-1]) / 2).tolist(), (edges[1] - edges[0]).item()
+    lines = {name: (centres, (counts / counts.sum() / width).tolist())
+             for name, counts in (("all pairs", pairs), ("matches, across cameras", matches))}
+    threshold = mean if args.threshold == "mean" else args.threshold
+    common.charts(path, [{"title": "Figure 3: distances between validation crops", "x": "Euclidean distance between embeddings",
+                          "y": "density", "lines": lines, "marks": {f"threshold {threshold:.2f}": threshold}}])
+
+
+def load(args):
+    """Read the checkpoint of --eval: -> (checkpoint, embedding network, stage-1 network or None); sets args.size."""
+    checkpoint = common.load_checkpoint(args.eval, "reid")
+    args.size = tuple(checkpoint["args"]["size"])
+    model = common.load_weights(EmbeddingNet(checkpoint["args"]["dim"]), checkpoint["model"], args.eval).to(args.device)
+    attributes = checkpoint["attributes"]
+    return checkpoint, model, attributes and common.load_weights(par.AttributeNet(), attributes, args.eval).to(args.device)
+
+
+def evaluate(args):
+    """Score a checkpoint: validation under both protocols, the official test set under the standard one."""
+    checkpoint, model, attribute_net = load(args)
+    market = common.load_market(args.data, "train", args.size)
+    held = common.saved_split(checkpoint, market.person_ids, args.eval)[1].nonzero()[:, 0]
+    here = embed(model, attribute_net, market.images, market.person_ids, market.camera_ids, held)
+    report(args, here, here, checkpoint["hamming"], f"{args.eval}, {len(held)} validation crops")
+    query, gallery = (embed(model, attribute_net, part.images, part.person_ids, part.camera_ids)
+                      for part in (common.load_market(args.data, name, args.size) for name in ("query", "gallery")))
+    gallery = without_junk(gallery)
+    report(args, query, gallery, checkpoint["hamming"], f"{args.eval}, official test set, {len(gallery.ids)} gallery crops",
+           ("across cameras",))
+
+
+def without_junk(crops):
+    """Leave out junk detections (id -1), which take no part in anything."""
+    real = crops.ids != -1
+    return Crops(*(None if v is None else v[real] for v in (crops.features, crops.ids, crops.cameras, crops.attributes)))
+
+
+def export(args):
+    """Write the test set's embeddings to --embed as NumPy arrays."""
+    _, model, _ = load(args)
+    common.check_output(args.embed)
+    arrays = {}
+    for name in ("query", "gallery"):
+        part = common.load_market(args.data, name, args.size)
+        arrays |= {f"{name}_features": common.infer(model, part.images).cpu().numpy(), f"{name}_ids": part.person_ids.numpy(),
+                   f"{name}_cameras": part.camera_ids.numpy(), f"{name}_names": np.array(part.names)}
+    common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
+    print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings of "
+          f"{arrays['query_features'].shape[1]} dimensions")
+
+
+def main():
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("stage 2")
+    group.add_argument("--init", type=Path, metavar="FILE", help="checkpoint of par.py to start from; its split and size are used")
+    group.add_argument("--compare", action="store_true", help="train with and without --init: table 1")
+    group.add_argument("--margin", type=common.number(float, 0), default=MARGIN, help=f"of the triplet loss, squared distance ({MARGIN})")
+    group.add_argument("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
+    group.add_argument("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
+    group.add_argument("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in "
+                       "report section 3.2.2, or from anywhere (cluster)")
+    group.add_argument("--hamming", type=common.number(int, 0, 12), metavar="K", help="predicted attributes that may differ "
+                       "(default: what gave the highest validation mAP)")
+    group.add_argument("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
+                       "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
+    group.add_argument("--eval", type=Path, metavar="FILE", help="checkpoint of reid.py to score instead of training")
+    group.add_argument("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
+    common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
+    args = parser.parse_args()
+    if args.compare and not args.init:
+        raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
+    if args.embed and not args.eval:
+        raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
+    for path, kind in ((args.init, "par"), (args.eval, "reid")):
+        if path:  # before a data set is drawn or read
+            common.load_checkpoint(path, kind)
+    device = common.start(args)
+    if args.eval:
+        return export(args) if args.embed else evaluate(args)
+
+    initial = args.init and common.load_checkpoint(args.init, "par")
+    if initial:
+        args.size = tuple(initial["args"]["size"])
+    market = common.load_market(args.data, "train", args.size)
+    split = common.saved_split(initial, market.person_ids, args.init) if initial else \
+        common.split_identities(market.person_ids, seed=args.seed)
+    common.check_output(args.out)
+    crops = market.images.to(device)
+    results = train(args, args.out, initial, market, split, crops)
+    if args.compare:
+        plain = train(args, args.out.with_stem(args.out.stem + "_without"), None, market, split, crops)
+        common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
+                     [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
+                      for protocol in results], best=max)
+
+
+def threshold_value(text):
+    """An argparse type: "mean" or a distance."""
+    try:
+        return text if text == "mean" else common.number(float, 0)(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text} is neither mean nor a distance of at least 0") from None
+
+
+if __name__ == "__main__":
+    common.run(main)
