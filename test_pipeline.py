@@ -1,0 +1,779 @@
+"""Every behaviour of par.py and reid.py: values against formulas written here, and the real commands on drawn people.
+
+    pytest            needs neither network nor data
+"""
+import csv
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import common
+import par
+import reid
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # torchvision 0.29's, said once a batch
+CLASSES = [len(names) for names in common.ATTRIBUTES.values()]
+
+
+def call(module, *arguments):
+    """Run a script's main as the command line does: -> exit code. What it prints goes to capsys."""
+    before, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
+    try:
+        common.run(module.main)
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="session")
+def market(tmp_path_factory):
+    """A drawn data set: 10 identities of 6 crops to train with, as many to test with."""
+    root = tmp_path_factory.mktemp("drawn")
+    common.draw_market(root, 10, 6, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(market, tmp_path_factory):
+    """One short run of each stage: a folder with par_best.pt and reid_best.pt."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert call(par, "--data", market, "--epochs", 2, "--batch", 8, "--out", folder / "par_best.pt") == 0
+    assert call(reid, "--data", market, "--epochs", 2, "--batch", 8, "--clusters", 3, "--init", folder / "par_best.pt",
+                "--out", folder / "reid_best.pt") == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """oneDNN takes seconds to prepare bfloat16 kernels for each new shape: of the short runs only `trained` uses them."""
+    monkeypatch.setattr(common, "precision", lambda device: "float32")
+
+
+# --------------------------------------------------------------------------------------------------------- the data
+
+
+def test_drawn_market_is_the_same_each_time_and_laid_out_like_market_1501(market, tmp_path):
+    common.draw_market(tmp_path, 10, 6, seed=1)
+    files = sorted(p.relative_to(market) for p in market.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert all((market / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
+
+    train, query, gallery = (common.load_market(market, part) for part in ("train", "query", "gallery"))
+    assert train.images.shape == (60, 3, 128, 64) and train.images.dtype == torch.uint8
+    assert train.names == sorted(train.names) and len(train.person_ids.unique()) == 10
+    assert {-1, 0} < set(gallery.person_ids.tolist())
+    assert not set(train.person_ids.tolist()) & set(gallery.person_ids.tolist())
+    for person, camera in zip(query.person_ids, query.camera_ids):  # each query can be found in another camera
+        assert ((gallery.person_ids == person) & (gallery.camera_ids != camera)).any()
+    for person in train.person_ids.unique():  # cameras and attributes of an identity
+        assert len(train.camera_ids[train.person_ids == person].unique()) > 1
+        assert len(train.labels[train.person_ids == person].unique(dim=0)) == 1
+    assert (gallery.labels[gallery.person_ids < 1] == -1).all() and (gallery.labels[gallery.person_ids > 0] >= 0).all()
+
+
+def annotation_rows(**changes):
+    """Two identities in the annotation coding; `changes` sets columns of the second."""
+    row = {"id": 1, "age": 2, "backpack": 1, "bag": 2, "handbag": 1, "clothes": 2, "down": 1, "up": 2, "hair": 1, "hat": 1, "gender": 2}
+    for side in ("up", "down"):
+        row |= {side + colour: 1 for colour in common.ATTRIBUTES[f"{side}color"][:-1]}
+    return [row | {"upred": 2, "downbrown": 2}, row | {"id": 2} | changes]
+
+
+def write_csv(path, rows, order=None, **format):
+    with open(path, "w", newline="", encoding=format.pop("encoding", "utf-8")) as file:
+        writer = csv.DictWriter(file, order or list(rows[0]), **format)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def expected_labels():
+    """What `annotation_rows(downblack=2, hat=2)` says, spelled out by name."""
+    first = dict(age="teenager", gender="female", hair="short", up="short", down="long", clothes="pants", hat="no",
+                 backpack="no", bag="yes", handbag="no", upcolor="red", downcolor="brown")
+    second = first | dict(hat="yes", upcolor="multi", downcolor="black")
+    return torch.tensor([[common.ATTRIBUTES[a].index(who[a]) for a in common.ATTRIBUTES] for who in (first, second)])
+
+
+@pytest.mark.parametrize("format", [{}, {"encoding": "utf-8-sig"}, {"delimiter": ";"}])
+def test_csv_annotations_are_read_by_column_name(tmp_path, format):
+    rows = annotation_rows(downblack=2, hat=2)
+    write_csv(tmp_path / "annotations_train.csv", rows, order=sorted(rows[0]), **format)
+    ids, labels = common.read_annotations(tmp_path, "train")
+    assert ids.tolist() == [1, 2] and torch.equal(labels, expected_labels())
+    assert len(common.read_annotations(tmp_path, "test")[0]) == 0
+
+
+def test_mat_annotations_are_read_by_field_name_in_either_order(tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
+    rows = annotation_rows(downblack=2, hat=2)
+    columns = {k: np.array([r[k] for r in rows], np.uint8) for k in rows[0] if k != "id"}
+    index = {"image_index": np.array(["0001", "0002"], object)}
+    halves = {"train": columns | index, "test": dict(sorted(columns.items(), reverse=True)) | index}
+    savemat(tmp_path / "market_attribute.mat", {"market_attribute": halves})
+    for half in halves:
+        ids, labels = common.read_annotations(tmp_path, half)
+        assert ids.tolist() == [1, 2] and torch.equal(labels, expected_labels())
+
+
+def test_odd_files_and_sizes_are_handled(tmp_path):
+    folder = tmp_path / "bounding_box_train"
+    folder.mkdir()
+    Image.new("RGB", (64, 128), (200, 30, 30)).save(folder / "0002_c1s1_000451_03.jpg")
+    Image.new("RGB", (30, 90), (200, 30, 30)).save(folder / "0010_c3s1_000451_03.jpg.jpg", "JPEG")
+    Image.new("L", (64, 128), 90).save(folder / "-1_c6s1_000451_03.jpg")
+    (folder / "Thumbs.db").write_bytes(b"x")
+    (folder / ".DS_Store").write_bytes(b"x")
+    data = common.load_market(tmp_path, "train", (96, 48))
+    assert data.person_ids.tolist() == [-1, 2, 10] and data.camera_ids.tolist() == [6, 1, 3]
+    assert data.images.shape == (3, 3, 96, 48) and (data.labels == -1).all()
+    assert (data.images[1:].float().mean((0, 2, 3)) - torch.tensor([200.0, 30, 30])).abs().max() < 3
+    assert (data.images[0].float() - 90).abs().max() < 3
+
+
+def test_split_is_by_identity_and_seeded():
+    ids = torch.randint(1, 101, (3000,), generator=torch.Generator().manual_seed(0))
+    train, validation = common.split_identities(ids, 0.6, seed=3)
+    assert torch.equal(train, ~validation)
+    assert not set(ids[train].tolist()) & set(ids[validation].tolist())
+    assert len(ids[train].unique()) == 60
+    assert torch.equal(train, common.split_identities(ids, 0.6, seed=3)[0])
+    assert not torch.equal(train, common.split_identities(ids, 0.6, seed=4)[0])
+
+
+# ------------------------------------------------------------------------------------- augmentation, network, schedule
+
+
+def test_flip_mirrors_pixels_exactly_and_half_of_the_time():
+    crops = torch.randint(0, 256, (200, 3, 16, 8), dtype=torch.uint8)
+    affine = common.random_affine(200, (16, 8), torch.Generator().manual_seed(0), degrees=0)
+    out = common.augment(crops, affine)
+    mirrored = (out - crops.flip(3)).abs().flatten(1).amax(1) < 1e-2
+    same = (out - crops).abs().flatten(1).amax(1) < 1e-2
+    assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
+
+
+def test_rotation_moves_pixels_by_the_drawn_angle_and_leaves_black():
+    generator = torch.Generator().manual_seed(5)
+    affine = common.random_affine(50, (128, 64), generator)
+    generator.manual_seed(5)
+    angle = (torch.rand(50, generator=generator) * 2 - 1) * math.radians(10)
+    flip = torch.where(torch.rand(50, generator=generator) < 0.5, -1.0, 1.0)
+    crops = torch.zeros(50, 3, 128, 64, dtype=torch.uint8)
+    crops[:, :, 30:33, 40:43] = 255  # a spot 32.5 above and 9.5 right of the centre
+    out = common.augment(crops, affine)[:, 0]
+    weight = out / out.sum((1, 2), keepdim=True)
+    y = (weight * (torch.arange(128.0) - 63.5)[:, None]).sum((1, 2))
+    x = (weight * (torch.arange(64.0) - 31.5)).sum((1, 2))
+    # The output at p shows the input at M p, so the spot s lands at M^-1 s, in pixels and in a true rotation.
+    sx, sy = flip * 9.5, torch.full((50,), -32.5)
+    assert torch.allclose(x, angle.cos() * sx + angle.sin() * sy, atol=0.05)
+    assert torch.allclose(y, -angle.sin() * sx + angle.cos() * sy, atol=0.05)
+    white = common.augment(torch.full((50, 3, 128, 64), 255, dtype=torch.uint8), affine)
+    turned = angle.abs() > math.radians(3)
+    assert (white[turned][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].amin(2) < 1).all() and (white[:, :, 64, 32] > 254).all()
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [common.learning_rate(step, 100, 3e-4, 0.1) for step in range(101)]
+    assert rates[0] == pytest.approx(3e-5) and rates[9] == pytest.approx(3e-4) and max(rates) == pytest.approx(3e-4)
+    assert rates[55] == pytest.approx(3e-4 * 45 / 90) and rates[100] == 0
+    assert common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_matrix_convolution_equals_convolution(stride):
+    plain = torch.nn.Conv2d(6, 10, 3, stride, 1, bias=False).double()
+    matrix = common.MatrixConv2d(6, 10, 3, stride, 1, bias=False).double()
+    matrix.load_state_dict(plain.state_dict())
+    for height, width in ((4, 2), (8, 4), (16, 8), (5, 3)):
+        x = torch.randn(2, 6, height, width, dtype=torch.float64)
+        assert torch.allclose(plain(x), matrix(x))
+
+
+def test_backbone_normalises_and_loads_torchvisions_weights(tmp_path):
+    reference = common.resnet18()
+    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
+    backbone = common.Backbone(common.backbone_weights(str(tmp_path / "resnet18.pth"))).eval()
+    reference.fc = torch.nn.Identity()
+    crops = torch.randint(0, 256, (4, 3, 128, 64), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (crops / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert torch.allclose(backbone(crops), reference.eval()(x), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ stage 1, by formulas
+
+
+def some_logits_and_labels(images=7):
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(images, n, generator=generator, dtype=torch.float64) * 3 for n in CLASSES]
+    labels = torch.stack([torch.randint(0, n, (images,), generator=generator) for n in CLASSES], 1)
+    return logits, labels
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("kind", ["ce", "wce", "focal", "alpha"])
+def test_losses_equal_the_reports_formulas(kind, gamma):
+    logits, labels = some_logits_and_labels()
+    labels[2] = -1  # an image without annotation takes no part
+    weights = [torch.arange(1, n + 1, dtype=torch.float64) / n for n in CLASSES]
+    expected = 0.0
+    for k in range(12):
+        terms = []
+        for i in (0, 1, 3, 4, 5, 6):
+            scores = logits[k][i].tolist()
+            p = math.exp(scores[labels[i, k]]) / sum(map(math.exp, scores))
+            term = -math.log(p)
+            term *= (1 - p) ** gamma if kind in ("focal", "alpha") else 1
+            term *= weights[k][labels[i, k]].item() if kind in ("wce", "alpha") else 1
+            terms.append(term)
+        expected += sum(terms) / len(terms)
+    loss = par.attribute_loss(logits, labels, kind, weights, gamma)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_losses_stay_finite_for_sure_and_for_wrong_predictions():
+    logits = [torch.full((2, n), -500.0).index_fill(1, torch.tensor([0]), 500.0).requires_grad_() for n in CLASSES]
+    labels = torch.tensor([[0] * 12, [1] * 12])
+    for gamma in (0.5, 2.0):
+        loss = par.attribute_loss(logits, labels, "focal", None, gamma)
+        loss.backward()
+        assert loss.item() == pytest.approx(12 * 1000 / 2) and all(z.grad.isfinite().all() for z in logits)
+
+
+def test_class_weights_are_inverse_frequencies_with_mean_one():
+    labels = torch.zeros(8, 12, dtype=torch.int64)
+    labels[:, 0] = torch.tensor([1, 1, 1, 1, 1, 2, 2, -1])  # "young" and "old" do not occur
+    weights = par.class_weights(labels)
+    assert weights[0].tolist() == pytest.approx([0, 7 / (2 * 5), 7 / (2 * 2), 0])
+    assert (5 * weights[0][1] + 2 * weights[0][2]) / 7 == pytest.approx(1)
+    assert weights[1].tolist() == [1, 0]
+
+
+def test_score_equals_counting():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.stack([torch.randint(0, n, (50,), generator=generator) for n in CLASSES], 1)
+    guess = torch.where(torch.rand(50, 12, generator=generator) < 0.5, truth, 0)
+    truth[:, 0] = truth[:, 0].clamp(max=1)
+    guess[:, 0] = guess[:, 0].clamp(max=2)  # class 3 occurs nowhere, class 2 in predictions alone
+    guess[0, 0] = 2
+    truth[:5, 1] = -1
+    accuracy, f1 = par.score(guess, truth)
+    for k, n in enumerate(CLASSES):
+        pairs = [(t, g) for t, g in zip(truth[:, k].tolist(), guess[:, k].tolist()) if t >= 0]
+        assert accuracy[k].item() == pytest.approx(sum(t == g for t, g in pairs) / len(pairs))
+        scores = []
+        for c in range(n):
+            true, claimed = [g == c for t, g in pairs if t == c], [t == c for t, g in pairs if g == c]
+            if true or claimed:
+                precision, recall = (sum(x) / len(x) if x else 0 for x in (claimed, true))
+                scores.append(2 * precision * recall / (precision + recall) if precision + recall else 0)
+        assert f1[k].item() == pytest.approx(sum(scores) / len(scores))
+
+
+# ------------------------------------------------------------------------------------------------ stage 2, by formulas
+
+
+def test_triplet_loss_equals_the_reports_formula():
+    a, p, n = torch.randn(3, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = sum(max(0.0, sum((a[i] - p[i]) ** 2).item() - sum((a[i] - n[i]) ** 2).item() + 0.7) for i in range(9)) / 9
+    assert reid.triplet_loss(a, p, n, 0.7).item() == pytest.approx(expected, rel=1e-12) and expected > 0
+
+
+def test_clusters_group_crops_by_colour():
+    generator = torch.Generator().manual_seed(0)
+    colour = torch.randint(0, 4, (80,), generator=generator)
+    palette = torch.tensor([[200, 20, 20], [20, 200, 20], [20, 20, 200], [200, 200, 200]])
+    images = (palette[colour][:, :, None, None] + torch.randint(-15, 16, (80, 3, 32, 16), generator=generator)).byte()
+    clusters = reid.cluster_histograms(images, 4, seed=0)
+    assert clusters.dtype == torch.int64 and clusters.shape == (80,)
+    assert all(len(clusters[colour == c].unique()) == 1 for c in range(4)) and len(clusters.unique()) == 4
+    assert torch.equal(clusters, reid.cluster_histograms(images, 4, seed=0))
+    assert reid.cluster_histograms(images[:3], 100).max() < 3
+    assert (reid.cluster_histograms(images[:1].expand(9, -1, -1, -1), 4) == 0).all()
+
+
+def test_every_triplet_is_valid_and_every_choice_is_possible():
+    ids = torch.tensor([7, 7, 7, 3, 3, 9, 9, 9, 9, 5, 5])
+    clusters = torch.tensor([0, 0, 1, 0, 1, 1, 2, 2, 2, 0, 2])
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(400):
+        triplets = reid.sample_triplets(ids, clusters, generator)
+        assert triplets.shape == (11, 3) and sorted(triplets[:, 0].tolist()) == list(range(11))
+        seen |= set(map(tuple, triplets.tolist()))
+    expected = set()
+    for a in range(11):
+        positives = [i for i in range(11) if ids[i] == ids[a] and i != a]
+        near = [i for i in range(11) if ids[i] != ids[a] and clusters[i] == clusters[a]]
+        expected |= {(a, p, n) for p in positives for n in near}
+    assert seen == expected
+    order = reid.sample_triplets(ids, clusters, generator)[:, 0]
+    assert order.tolist() != list(range(11))
+
+
+def test_triplets_fall_back_and_skip_what_has_no_positive():
+    ids, clusters = torch.tensor([1, 1, 2, 3, 3]), torch.tensor([0, 0, 0, 1, 1])
+    seen = {tuple(t) for _ in range(200) for t in reid.sample_triplets(ids, clusters).tolist()}
+    assert {t[0] for t in seen} == {0, 1, 3, 4}  # identity 2 has a single crop
+    assert {t[2] for t in seen if t[0] == 0} == {2}
+    assert {t[2] for t in seen if t[0] == 3} == {0, 1, 2}  # cluster 1 holds one identity: any other will do
+    for lonely in (torch.arange(5), torch.ones(5, dtype=torch.int64)):
+        with pytest.raises(common.UserError, match="No triplet"):
+            reid.sample_triplets(lonely, clusters)
+
+
+def brute_force(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
+    """The ranking metrics as a loop over queries and ranks."""
+    totals = []
+    for q in range(len(distances)):
+        ranking = sorted(range(distances.shape[1]), key=lambda g: (distances[q, g].item(), g))
+        ranking = [g for g in ranking if gallery_ids[g] != -1 and not (
+            cross_camera and gallery_ids[g] == query_ids[q] and gallery_cameras[g] == query_cameras[q])]
+        matches = sum(gallery_ids[g] == query_ids[q] for g in ranking).item() if ranking else 0
+        if not matches:
+            continue
+        returned = [g for g in ranking if keep is None or keep[q, g]]
+        hits, rectangle, trapezoid, last, first = 0, 0.0, 0.0, 0, math.inf
+        for rank, g in enumerate(returned, 1):
+            if gallery_ids[g] == query_ids[q]:
+                before = hits / (rank - 1) if rank > 1 else 1.0
+                hits, last, first = hits + 1, rank, min(first, rank)
+                rectangle += hits / rank / matches
+                trapezoid += (before + hits / rank) / 2 / matches
+        totals.append([rectangle, trapezoid, first <= 1, first <= 5, first <= 10, matches / last if hits == matches else 0,
+                       len(returned), hits / len(returned) if returned else 0, hits / matches])
+    names = ["mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "length", "precision", "recall"]
+    return dict(zip(names, np.mean(totals, axis=0).tolist())) | {"queries": len(totals)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rank_metrics_equal_brute_force(seed, monkeypatch):
+    """Random rankings with junk, distractors, ties, queries without a match, empty lists; all cases of both switches."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator)
+    queries, gallery = 25, (4, 40)[seed % 2]
+    distances = torch.rand(queries, gallery, generator=generator, dtype=(torch.float32, torch.float64)[seed // 2 % 2])
+    if seed % 4 > 1:
+        distances = (distances * 6).round()  # nearly all tied
+    sides = draw(1, 9, queries), draw(1, 4, queries), draw(-1, 7, gallery), draw(1, 4, gallery)
+    monkeypatch.setattr(reid, "chunk_rows", lambda columns: 7)
+    for cross_camera in (True, False):
+        for keep in (None, torch.rand(queries, gallery, generator=generator) < 0.3):
+            assert reid.rank_metrics(distances, *sides, keep, cross_camera) == pytest.approx(
+                brute_force(distances, *sides, keep, cross_camera), abs=1e-9)
+
+
+def test_rank_metrics_edge_cases():
+    one = torch.tensor([1])
+    result = reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one + 1)
+    assert result["mAP"] == result["mAP_trapezoid"] == result["rank1"] == result["mINP"] == 1 and result["queries"] == 1
+    nothing = reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one + 1, keep=torch.tensor([[False]]))
+    assert nothing["mAP"] == nothing["rank10"] == nothing["precision"] == nothing["length"] == 0
+    with pytest.raises(common.UserError, match="No query has a match"):
+        reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one)  # its own camera only
+    with pytest.raises(common.UserError, match="NaN"):
+        reid.rank_metrics(torch.tensor([[float("nan")]]), one, one, one, one + 1)
+
+
+def test_a_threshold_never_raises_map_and_returns_what_it_says():
+    generator = torch.Generator().manual_seed(0)
+    ids, cameras = torch.randint(1, 10, (60,), generator=generator), torch.randint(1, 4, (60,), generator=generator)
+    features = torch.randn(10, 8, generator=generator)[ids] + 1.2 * torch.randn(60, 8, generator=generator)
+    crops = reid.Crops(features, ids, cameras, None)
+    mean, edges, pairs, matches = reid.distance_statistics(crops, crops)
+    brute = (features[:, None] - features).norm(dim=2)
+    off = ~torch.eye(60, dtype=torch.bool)
+    assert mean == pytest.approx(brute[off].mean().item(), rel=1e-5)
+    assert pairs.sum() == 60 * 59
+    assert matches.sum() == ((ids[:, None] == ids) & (cameras[:, None] != cameras)).sum()
+    assert edges[-1].item() == pytest.approx(brute.max().item(), rel=1e-5)
+    tries = {t: (lambda distances, differ, t=t: distances < t) for t in (0.1, 2.0, mean, 5.0, 99.0)}
+    scores = reid.score_selections(crops, crops, tries | {"all": lambda distances, differ: None}, cross_camera=True)
+    maps = [scores[t]["mAP"] for t in sorted(tries)]
+    assert maps == sorted(maps) and maps[-1] == scores["all"]["mAP"] and maps[0] < maps[2]
+    same = (ids[:, None] == ids) & (cameras[:, None] == cameras)  # each crop itself, and its own camera's
+    assert scores[mean]["length"] == pytest.approx(((brute < mean) & ~same).sum().item() / 60)
+
+
+def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.stack([torch.randint(0, n, (40,), generator=generator) for n in CLASSES], 1)
+    assert torch.equal(reid.differing(labels[:15], labels).long(), (labels[:15, None] != labels).sum(2))
+    ids = torch.arange(40) % 8
+    known = labels[ids].clone()
+    known[:, 0] = torch.arange(40) % 4  # identities agree in 11 of 12 and differ from others in more
+    crops = reid.Crops(torch.randn(40, 4, generator=generator), ids + 1, torch.arange(40) // 8, known)
+    best = reid.tune_hamming(crops, crops)
+    scores = {k: reid.score_selections(crops, crops, reid.selections(9.0, k), True)["hamming"]["mAP"] for k in range(13)}
+    assert best == max(scores, key=scores.get) and scores[best] > scores[12] + 0.1
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_stage_1_trains_and_writes_checkpoint_record_and_curves(trained, market):
+    record = json.loads((trained / "par_best.json").read_text())
+    assert [row["epoch"] for row in record["epochs"]] == [1, 2] and record["arguments"]["loss"] == "wce"
+    assert {"loss", "lr", "seconds", "images_per_second", "f1", "accuracy"} <= set(record["epochs"][0])
+    assert record["data"]["drawn demo set"] and record["versions"]["torch"] == torch.__version__
+    assert set(record["final"]["validation"]["f1"]) == {*common.ATTRIBUTES, "global"} and record["peak_memory_MB"]
+    best = max(record["epochs"], key=lambda row: row["f1"])
+    assert record["final"]["validation"]["f1"]["global"] == pytest.approx(100 * best["f1"], abs=0.01)
+    assert Image.open(trained / "par_best.png").size == (2 * 2 * 560, 2 * 330)
+    checkpoint = common.load_checkpoint(trained / "par_best.pt", "par")
+    ids = set(common.load_market(market, "train").person_ids.tolist())
+    assert set(checkpoint["train_ids"].tolist()) | set(checkpoint["validation_ids"].tolist()) == ids
+    assert not [p for p in trained.iterdir() if p.suffix == ".tmp"]
+
+
+def test_stage_1_scores_predicts_and_counts(trained, market, tmp_path, capsys):
+    assert call(par, "--data", market, "--eval", trained / "par_best.pt") == 0
+    out = capsys.readouterr().out
+    assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out and "Global" in out
+
+    (tmp_path / "sub").mkdir()
+    Image.new("RGBA", (50, 70), (255, 0, 0, 0)).save(tmp_path / "sub" / "transparent.png")
+    Image.new("CMYK", (300, 500)).save(tmp_path / "cmyk.jpg")
+    (tmp_path / "text.jpg").write_text("no image")
+    assert call(par, "--eval", trained / "par_best.pt", "--predict", tmp_path) == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [Path(r["file"]).name for r in rows] == ["cmyk.jpg", "transparent.png"] and "text.jpg" in err
+    assert all(r[a] in names and 1 / len(names) <= float(r[f"{a}_probability"]) <= 1 for r in rows for a, names in common.ATTRIBUTES.items())
+
+    assert call(par, "--data", market, "--stats", "--out", tmp_path / "par_best.pt") == 0
+    out = capsys.readouterr().out
+    labels = common.load_market(market, "train").labels
+    black = (labels[:, 10] == 0).sum().item()
+    assert [r.split()[2:4] for r in out.splitlines() if r.startswith("upcolor black")] == [[str(black), f"{100 * black / 60:.2f}"]]
+    assert Image.open(tmp_path / "par_stats.png").size == (330 * 3 * 2, 260 * 4 * 2)
+
+
+def test_transparency_is_laid_on_white_and_photographs_turned_upright(tmp_path):
+    Image.new("RGBA", (10, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (common.read_image(tmp_path / "clear.png") == 255).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held on its side
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "side.jpg", exif=exif)
+    assert common.read_image(tmp_path / "side.jpg").shape == (3, 20, 10)
+
+
+def test_the_four_losses_side_by_side(market, tmp_path, capsys):
+    assert call(par, "--data", market, "--loss", "all", "--epochs", 1, "--batch", 8, "--size", "64x32", "--out", tmp_path / "par_best.pt") == 0
+    out = capsys.readouterr().out
+    table = out[out.index("Table 3"):].splitlines()
+    assert all(name in table[1] for name in [*par.LOSSES.values(), "commonest"]) and len(table) == 15
+    assert all("*" in row for row in table[2:15])
+    for kind in par.LOSSES:
+        assert json.loads((tmp_path / f"par_best_{kind}.json").read_text())["loss"] == kind
+        assert common.load_checkpoint(tmp_path / f"par_best_{kind}.pt", "par")["args"]["loss"] == kind
+
+
+def test_stage_2_starts_from_stage_1_and_writes_everything(trained, market, tmp_path):
+    stage_1, stage_2 = (common.load_checkpoint(trained / f"{kind}_best.pt", kind) for kind in ("par", "reid"))
+    assert torch.equal(stage_1["train_ids"], stage_2["train_ids"])
+    assert all(torch.equal(v, stage_2["attributes"][k]) for k, v in stage_1["model"].items())
+    record = json.loads((trained / "reid_best.json").read_text())
+    assert record["transfer"] and set(record["final"]["validation"]) == {"all cameras", "across cameras"}
+    for scores in record["final"]["validation"].values():
+        assert set(scores) == {"none", "threshold", "hamming", "both"}
+        assert scores["threshold"]["mAP"] <= scores["none"]["mAP"] and scores["both"]["length"] <= scores["hamming"]["length"]
+    assert {p.name for p in trained.iterdir()} >= {"reid_best.png", "reid_best_distances.png"}
+
+
+def test_stage_2_takes_its_first_weights_from_stage_1(trained, market, tmp_path, monkeypatch):
+    kept = {}
+
+    def stop(model, *rest):
+        kept.update({k: v.clone() for k, v in model.backbone.state_dict().items()})
+        raise common.UserError("enough")
+    monkeypatch.setattr(common, "fit", stop)
+    assert call(reid, "--data", market, "--init", trained / "par_best.pt", "--out", tmp_path / "r.pt") == 2
+    stage_1 = common.load_checkpoint(trained / "par_best.pt", "par")["model"]
+    assert kept and all(torch.equal(v, stage_1[f"backbone.{k}"]) for k, v in kept.items())
+
+
+def test_stage_2_scores_and_exports_the_test_set(trained, market, tmp_path, capsys):
+    assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--hamming", 3, "--threshold", 1.5) == 0
+    out = capsys.readouterr().out
+    assert "official test set" in out and "distance < 1.500" in out and "at most 3 of 12" in out
+    assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--embed", tmp_path / "f.npz") == 0
+    arrays = np.load(tmp_path / "f.npz")
+    for part in ("query", "gallery"):
+        data = common.load_market(market, part)
+        assert arrays[f"{part}_features"].shape == (len(data.names), 120) and arrays[f"{part}_names"].tolist() == data.names
+        assert np.array_equal(arrays[f"{part}_ids"], data.person_ids) and np.array_equal(arrays[f"{part}_cameras"], data.camera_ids)
+    q, g = torch.from_numpy(arrays["query_features"]), torch.from_numpy(arrays["gallery_features"])
+    sides = [torch.from_numpy(arrays[k]) for k in ("query_ids", "query_cameras", "gallery_ids", "gallery_cameras")]
+    expected = brute_force(torch.cdist(q, g), *sides, None, True)
+    test = out[out.index("official test set"):].splitlines()
+    assert test[2].split()[:2] == ["none", f"{100 * expected['mAP']:.2f}"]
+
+
+def test_comparison_with_and_without_transfer(trained, market, tmp_path, capsys):
+    assert call(reid, "--data", market, "--init", trained / "par_best.pt", "--compare", "--epochs", 1, "--negatives", "random",
+                "--batch", 8, "--out", tmp_path / "r.pt") == 0
+    out = capsys.readouterr().out
+    assert "Table 1" in out and "no Hamming filter" in out
+    assert common.load_checkpoint(tmp_path / "r_without.pt", "reid")["attributes"] is None
+    assert call(reid, "--data", market, "--eval", tmp_path / "r_without.pt") == 0
+
+
+def test_one_seed_gives_the_same_weights_to_the_bit(market, tmp_path):
+    for name in ("a", "b"):
+        assert call(par, "--data", market, "--epochs", 1, "--batch", 8, "--device", "cpu", "--out", tmp_path / f"{name}.pt") == 0
+        assert call(reid, "--data", market, "--epochs", 1, "--batch", 8, "--device", "cpu", "--init", tmp_path / f"{name}.pt",
+                    "--out", tmp_path / f"{name}r.pt") == 0
+    for suffix, kind in (("", "par"), ("r", "reid")):
+        first, second = (common.load_checkpoint(tmp_path / f"{name}{suffix}.pt", kind)["model"] for name in ("a", "b"))
+        assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def test_a_step_of_the_loop_equals_a_plain_float32_step(market, tmp_path):
+    """`fit` against ten plain lines: same crops, same augmentation, AdamW on ordinary parameters."""
+    args = common.argparse.Namespace(out=tmp_path / "x.pt", seed=0, lr=1e-3, warmup=0.5, epochs=1, batch=8, patience=5)
+    data = common.load_market(market, "train")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(par.AttributeNet(dropout=0))
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    record = {"epochs": [], "seconds": {}}
+    common.fit(models[0], data.images, lambda generator: rows, lambda z, r: par.attribute_loss(z, data.labels[r], "ce"),
+               lambda: {"f1": 1.0}, args, {"kind": "par"}, record)
+    affine = common.random_affine(40, (128, 64), torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.AdamW(models[1].parameters()), []
+    models[1].train()
+    for step in range(5):
+        now = slice(8 * step, 8 * step + 8)
+        optimizer.param_groups[0]["lr"] = common.learning_rate(step, 5, 1e-3, 0.5)
+        x = data.images[rows[now]].float()
+        x = F.grid_sample(x, F.affine_grid(affine[now], x.shape, align_corners=False), align_corners=False)
+        loss = sum(F.cross_entropy(z, data.labels[rows[now], k]) for k, z in enumerate(models[1](x)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert record["epochs"][0]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.allclose(a, b, atol=3e-3), name
+
+
+def test_training_stops_early_and_keeps_the_best_epoch(market, tmp_path, capsys):
+    figures = iter([0.3, 0.5, 0.4, 0.4, 0.9])
+    args = common.argparse.Namespace(out=tmp_path / "x.pt", seed=0, lr=1e-3, warmup=0.1, epochs=5, batch=8, patience=2)
+    data, weights, record = common.load_market(market, "train", (32, 32)), [], {"epochs": [], "seconds": {}}
+    model = par.AttributeNet()
+
+    def validate():
+        weights.append(model.heads[0][1].weight.detach().clone())
+        return {"f1": next(figures)}
+    best = common.fit(model, data.images, lambda generator: torch.arange(16), lambda z, r: par.attribute_loss(z, data.labels[r], "ce"),
+                      validate, args, {"kind": "par"}, record)
+    assert best["epoch"] == 2 and len(record["epochs"]) == 4 and "Stopped early" in capsys.readouterr().out
+    assert torch.equal(model.heads[0][1].weight, weights[1])
+    assert common.load_checkpoint(tmp_path / "x.pt", "par")["epoch"] == 2
+
+
+def test_stage_1_learns_drawn_people(tmp_path, capsys):
+    """Clothes' lengths and colours are plain to see: a few steps must beat always naming the commonest class."""
+    common.draw_market(tmp_path, 40, 4, seed=3)
+    assert call(par, "--data", tmp_path, "--epochs", 6, "--batch", 8, "--lr", "1e-3", "--size", "64x32", "--out", tmp_path / "p.pt") == 0
+    rows = {r.split()[0]: [float(v) for v in r.replace("*", "").split()[1:]] for r in capsys.readouterr().out.splitlines()
+            if r.split()[:1] and r.split()[0] in ("Upcolor", "Global")}
+    assert rows["Global"][2] > rows["Global"][3] + 5 and rows["Upcolor"][2] > rows["Upcolor"][3] + 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_both_stages_on_cuda(market, tmp_path):
+    assert call(par, "--data", market, "--epochs", 1, "--batch", 8, "--device", "cuda", "--out", tmp_path / "p.pt") == 0
+    assert call(reid, "--data", market, "--epochs", 1, "--batch", 8, "--device", "cuda", "--init", tmp_path / "p.pt",
+                "--out", tmp_path / "r.pt") == 0
+    assert call(reid, "--data", market, "--device", "cuda", "--eval", tmp_path / "r.pt") == 0
+
+
+def test_as_a_user_runs_it_without_data(tmp_path, trained):
+    """The demo set is drawn once, said loudly, and an error is a sentence: in a process of its own."""
+    small = "import common, par; draw = common.draw_market; common.draw_market = lambda root, *a, **k: draw(root, 10, 4, 0); " \
+            "import sys; sys.argv[0] = 'par.py'; common.run(par.main)"
+    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run([sys.executable, "-c", small, "--epochs", "1", "--batch", "8", "--size", "64x32"], cwd=tmp_path,
+                         env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0].startswith("Drawing the demo set") and "DEMO SET" in run.stdout.splitlines()[1]
+    assert {p.name for p in tmp_path.iterdir()} == {"Market-1501-demo", "par_best.pt", "par_best.json", "par_best.png"}
+    assert "\r" not in run.stdout + run.stderr and len([r for r in run.stdout.splitlines() if r.startswith("epoch")]) == 1
+    run = subprocess.run([sys.executable, HERE / "reid.py", "--init", "nowhere.pt"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == "reid.py: nowhere.pt does not exist.\n"
+
+
+# --------------------------------------------------------------------------------------------------------- the errors
+
+
+def copy_of(market, tmp_path):
+    """A data set of our own to break."""
+    root = tmp_path / "broken"
+    root.mkdir()
+    for path in market.rglob("*"):
+        if path.is_file():
+            (root / path.relative_to(market)).parent.mkdir(exist_ok=True)
+            (root / path.relative_to(market)).write_bytes(path.read_bytes())
+    return root
+
+
+def edit_csv(root, change):
+    path = root / "annotations_train.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = change(rows) or rows
+    write_csv(path, rows)
+
+
+def a_crop(root):
+    return sorted((root / "bounding_box_train").iterdir())[0]
+
+
+BROKEN_DATA = {
+    "no such folder": (lambda r: [p.rename(r.parent / "gone") for p in [r]], "is not a folder"),
+    "no train folder": (lambda r: (r / "bounding_box_train").rename(r / "elsewhere"), "has no folder bounding_box_train"),
+    "no crops": (lambda r: [p.unlink() for p in (r / "bounding_box_train").iterdir()], "holds no crops"),
+    "no annotations": (lambda r: [p.unlink() for p in r.glob("*.csv")], "has no annotations"),
+    "a column missing": (lambda r: edit_csv(r, lambda rows: [row.pop("hat") for row in rows] and None), "has no column 'hat'"),
+    "a colour column missing": (lambda r: edit_csv(r, lambda rows: [row.pop("downpink") for row in rows] and None), "has no column 'downpink'"),
+    "an identity missing": (lambda r: edit_csv(r, lambda rows: rows[1:]), "lack identity 0001"),
+    "an identity twice": (lambda r: edit_csv(r, lambda rows: rows + rows[:1]), "names an identity twice"),
+    "a value out of range": (lambda r: edit_csv(r, lambda rows: rows[2].update(age=5)), "column 'age' of row 3 holds"),
+    "a value of zero": (lambda r: edit_csv(r, lambda rows: rows[0].update(upred=0)), "column 'upred' of row 1 holds"),
+    "a value that is no number": (lambda r: edit_csv(r, lambda rows: rows[0].update(age="old")), "column 'age' holds"),
+    "an empty table": (lambda r: (r / "annotations_train.csv").write_text(""), "has no column 'id'"),
+    "a table that is no text": (lambda r: (r / "annotations_train.csv").write_bytes(b"\xff\xfe\x00\x81"), "cannot be read as text"),
+    "a truncated JPEG": (lambda r: a_crop(r).write_bytes(a_crop(r).read_bytes()[:900]), "is not a readable image"),
+    "an empty JPEG": (lambda r: a_crop(r).write_bytes(b""), "is not a readable image"),
+    "a text as JPEG": (lambda r: a_crop(r).write_text("hello"), "is not a readable image"),
+    "a foreign file": (lambda r: (r / "bounding_box_train" / "notes.txt").write_text("hello"), "notes.txt is not named like a crop"),
+    "a name that does not parse": (lambda r: a_crop(r).rename(a_crop(r).with_name("person.jpg")), "person.jpg is not named like a crop"),
+    "too few identities": (lambda r: [p.unlink() for p in (r / "bounding_box_train").iterdir() if p.name > "0004"], "too few to split"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_DATA)
+def test_broken_data_is_named_in_a_sentence(case, market, tmp_path, capsys):
+    root = copy_of(market, tmp_path)
+    damage, sentence = BROKEN_DATA[case]
+    damage(root)
+    assert call(par, "--data", root, "--epochs", 1, "--out", tmp_path / "out" / "p.pt") == 2
+    check_sentence(capsys, sentence)
+    assert not (tmp_path / "out" / "p.pt").exists()
+
+
+def check_sentence(capsys, sentence):
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err and err.rstrip().endswith((".", ")."))
+
+
+def save_broken(path, kind, **changes):
+    torch.save({"kind": kind, "version": 1} | changes, path)
+    return path
+
+
+BROKEN_ARGUMENTS = {
+    "a size of zero": (par, lambda t, f: ["--size", "0x64"], "0x64 is not HEIGHTxWIDTH"),
+    "a size that is none": (par, lambda t, f: ["--size", "big"], "big is not HEIGHTxWIDTH"),
+    "no epochs": (par, lambda t, f: ["--epochs", 0], "0 is not at least 1"),
+    "a negative rate": (par, lambda t, f: ["--lr=-1e-3"], "-1e-3 is not above 0"),
+    "a rate that is no number": (reid, lambda t, f: ["--lr", "nan"], "nan is not above 0"),
+    "a warm-up over 1": (reid, lambda t, f: ["--warmup", 1.5], "1.5 is not at least 0 and at most 1"),
+    "a negative margin": (reid, lambda t, f: ["--margin=-1"], "-1 is not at least 0"),
+    "a Hamming distance of 13": (reid, lambda t, f: ["--hamming", 13], "13 is not at least 0 and at most 12"),
+    "a threshold that is none": (reid, lambda t, f: ["--threshold", "far"], "far is neither"),
+    "an unknown loss": (par, lambda t, f: ["--loss", "hinge"], "hinge"),
+    "an unknown flag": (par, lambda t, f: ["--color"], "--color"),
+    "prediction without a checkpoint": (par, lambda t, f: ["--predict", t], "--predict needs --eval"),
+    "comparison without a checkpoint": (reid, lambda t, f: ["--compare"], "needs --init"),
+    "embedding without a checkpoint": (reid, lambda t, f: ["--embed", t / "x.npz"], "--embed needs --eval"),
+    "nothing to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t / "none"], "does not exist"),
+    "no image to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t], "No image could be read"),
+    "no checkpoint": (par, lambda t, f: ["--eval", t / "none.pt"], "does not exist"),
+    "stage 2 where stage 1 belongs": (reid, lambda t, f: ["--init", f / "reid_best.pt"], "is a checkpoint of reid.py; one of par.py"),
+    "stage 1 where stage 2 belongs": (reid, lambda t, f: ["--eval", f / "par_best.pt"], "is a checkpoint of par.py; one of reid.py"),
+    "no checkpoint but a text": (reid, lambda t, f: ["--init", HERE / "README.md"], "is not a readable checkpoint"),
+    "another project's checkpoint": (reid, lambda t, f: ["--init", save_broken(t / "x.pt", "theirs")], "is not a checkpoint of this project"),
+    "a future version": (reid, lambda t, f: ["--init", save_broken(t / "x.pt", "par", version=2)], "is not a checkpoint of this project"),
+    "weights that are none": (par, lambda t, f: ["--weights", f / "par_best.pt"], "is not a state dict"),
+    "weights that do not exist": (par, lambda t, f: ["--weights", t / "none.pth"], "does not exist"),
+    "an output folder that is a file": (par, lambda t, f: ["--out", f / "par_best.pt" / "p.pt"], "cannot be written"),
+    "no such device": (par, lambda t, f: ["--device", "cuda" if not torch.cuda.is_available() else "mps"], "This machine has no"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ARGUMENTS)
+def test_broken_arguments_are_named_in_a_sentence(case, market, trained, tmp_path, capsys):
+    module, arguments, sentence = BROKEN_ARGUMENTS[case]
+    before = {p: p.read_bytes() for p in trained.iterdir()}
+    assert call(module, "--data", market, "--out", tmp_path / "out" / "o.pt", *arguments(tmp_path, trained)) == 2
+    check_sentence(capsys, sentence)
+    assert before == {p: p.read_bytes() for p in trained.iterdir()}
+
+
+def test_a_checkpoint_of_other_identities_is_refused(trained, tmp_path, capsys):
+    common.draw_market(tmp_path, 12, 2, seed=0)
+    for module, flag, name in ((reid, "--init", "par_best.pt"), (par, "--eval", "par_best.pt"), (reid, "--eval", "reid_best.pt")):
+        assert call(module, "--data", tmp_path, flag, trained / name, "--out", tmp_path / "r.pt") == 2
+        check_sentence(capsys, "was trained on other identities")
+
+
+def test_identities_of_a_single_crop_give_no_triplet(tmp_path, capsys):
+    common.draw_market(tmp_path, 6, 1, seed=0)
+    assert call(reid, "--data", tmp_path, "--out", tmp_path / "r.pt") == 2
+    check_sentence(capsys, "No triplet can be formed")
+
+
+def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(market, tmp_path, capsys, monkeypatch):
+    loss, calls = par.attribute_loss, []
+
+    def failing(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (float("nan") if len(calls) == 7 else 1)
+    monkeypatch.setattr(par, "attribute_loss", failing)
+    assert call(par, "--data", market, "--epochs", 3, "--batch", 8, "--out", tmp_path / "p.pt") == 2
+    check_sentence(capsys, "The loss became nan at step 3 of epoch 2; " + str(tmp_path / "p.pt") + " keeps epoch 1")
+    model = common.load_checkpoint(tmp_path / "p.pt", "par")
+    assert model["epoch"] == 1 and all(v.isfinite().all() for v in model["model"].values())
+
+
+@pytest.mark.parametrize("network", ["refuses", "swallows everything"])
+def test_imagenet_weights_that_cannot_be_had(network, market, tmp_path, capsys, monkeypatch):
+    """Told within 30 s what to pass instead, also when the network never answers: a proxy that accepts and is silent."""
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        if network != "refuses":
+            proxy.listen()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxy
+        start = common.time.perf_counter()
+        assert call(par, "--data", market, "--weights", "imagenet", "--out", tmp_path / "p.pt") == 2
+    assert common.time.perf_counter() - start < 30
+    check_sentence(capsys, "pass --weights none to start from random weights, or --weights FILE")
+
+
+def test_every_help_fits_a_screen(capsys):
+    for module in (par, reid):
+        assert call(module, "--help") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) < 75 and max(map(len, lines)) <= 100
