@@ -103,7 +103,7 @@ def load_market(root, part, size=(128, 64)):
 
 def read_crops(paths, size):
     """Decode JPEG files in threads, 512 to a call, which is where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
-    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
 
     def read(start):
         batch = paths[start:start + 512]
@@ -168,10 +168,11 @@ def read_annotations(root, half):
     if source.is_file():
         try:
             text = source.read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{source} cannot be read as text ({error}).") from None
-        rows = list(csv.DictReader(text.splitlines(), delimiter=";" if ";" in text.split("\n")[0] else ","))
-        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+            reader = csv.DictReader(text.splitlines(), delimiter=";" if ";" in text.split("\n")[0] else ",")
+            rows = list(reader)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{source} cannot be read as a table ({error}).") from None
+        columns = {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
     elif mat.is_file():
         source = mat
         try:
@@ -187,30 +188,31 @@ def read_annotations(root, half):
     else:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, len(ATTRIBUTES), dtype=torch.int64)
 
-    def column(name, values):
+    def column(name, highest):
         if name not in columns:
             raise UserError(f"{source} has no column '{name}'.")
-        try:
-            numbers = np.array([float(v) for v in columns[name]])
-        except (TypeError, ValueError):
-            numbers = np.array([np.nan])
-        wrong = ~np.isin(numbers, values) if values else numbers % 1 != 0
-        if wrong.any():
-            where = f" of row {wrong.argmax() + 1}" if len(numbers) == len(columns[name]) else ""
-            raise UserError(f"{source}: column '{name}'{where} holds a value that is not a whole number"
-                            + (f" from 1 to {values[-1]}." if values else "."))
-        return torch.from_numpy(numbers.astype(np.int64))
+        numbers = []
+        for row, value in enumerate(np.atleast_1d(columns[name])):
+            try:
+                numbers.append(int(float(value)))
+                fits = numbers[-1] == float(value) and 1 <= numbers[-1] <= highest
+            except (TypeError, ValueError, OverflowError):
+                fits = False
+            if not fits:
+                who = "" if name == "id" else f" of identity {np.atleast_1d(columns['id'])[row]}"
+                raise UserError(f"{source}: column '{name}'{who} holds '{value}', not a whole number from 1 to {highest}.")
+        return torch.tensor(numbers, dtype=torch.int64)
 
-    ids, classes = column("id", None), []
+    ids, classes = column("id", 10**9), []
     if len(ids.unique()) < len(ids):
         raise UserError(f"{source} names an identity twice.")
     for attribute, names in ATTRIBUTES.items():
         if attribute.endswith("color"):
-            flags = torch.stack([column(attribute[:-5] + name, (1, 2)) for name in names[:-1]], 1) == 2
+            flags = torch.stack([column(attribute[:-5] + name, 2) for name in names[:-1]], 1) == 2
             one = flags.sum(1) == 1
             classes.append(torch.where(one, flags.int().argmax(1), len(names) - 1))
         else:
-            classes.append(column(attribute, tuple(range(1, len(names) + 1))) - 1)
+            classes.append(column(attribute, len(names)) - 1)
     return ids, torch.stack(classes, 1)
 
 
@@ -244,7 +246,7 @@ CAMERAS = (((176, 182, 188), (150, 148, 142), 58, (1.00, 1.00, 1.00), 0.3, 1.00)
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
-    """Draw a data set of people in Market-1501's layout and names into folder `root`; the same for a seed everywhere.
+    """Draw a data set of people in Market-1501's layout and names into folder `root`; the same for a seed.
 
     identities: how many in the training half, and as many others in the test half; images_per_identity: crops of each
     in bounding_box_train or bounding_box_test, from two cameras or more. Queries, distractors, junk and both CSV files
@@ -281,9 +283,9 @@ def draw_market(root, identities, images_per_identity, seed=0):
             if half == "test":
                 for camera in cameras[:2] if images_per_identity > 1 else cameras[1:2]:
                     save("query", person_id, person, camera, 0)
-                if person_id % 6 == 0:
+                if (person_id - start) % 6 == 0:
                     save("gallery", -1, person, cameras[0], 98, poor=True)
-        (root / f"annotations_{half}.csv").write_text("\n".join(lines) + "\n")
+        (root / f"annotations_{half}.csv").write_text("\n".join(lines) + "\n", newline="\n")
     for k in range(max(2, identities * images_per_identity // 5)):
         save("gallery", 0, draw_identity(random), random.randint(1, 7), 1 + k % 90, poor=k % 3 == 0)
     (root / DRAWN).write_text(f"Drawn people, not photographs: draw_market({identities}, {images_per_identity}, {seed}).\n")
@@ -574,8 +576,9 @@ def precision(device):
     return "bfloat16" if native else "float32"
 
 
-def infer(model, crops, rows=None, batch=512):
+def infer(model, crops, rows=None):
     """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
+    batch = max(1, 512 * 128 * 64 // crops[0, 0].numel())
     device, outputs = next(model.parameters()).device, []
     rows = torch.arange(len(crops)) if rows is None else rows
     model.eval()
@@ -584,6 +587,8 @@ def infer(model, crops, rows=None, batch=512):
             out = model(crops[chunk].to(device))
             outputs.append(out if isinstance(out, list) else [out])
         merged = [torch.cat(parts).float() for parts in zip(*outputs)]
+    if not all(out.isfinite().all() for out in merged):
+        raise UserError("The network's output holds NaN or infinity: its training has diverged. Train again with a lower --lr.")
     return merged if isinstance(out, list) else merged[0]
 
 
@@ -598,7 +603,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     record      dict that stands beside it as JSON; gets a row per epoch
 
     AdamW; linear warm-up, then linear to 0, per step. Each epoch's last images that fill no batch are left out; they
-    are others in each epoch. Returns the best epoch's row.
+    are others in each epoch. After each epoch all that --resume needs stands in `last_path(out)`, until the run has
+    ended. Returns the best epoch's row.
     """
     device, out = crops.device, Path(args.out)
     generator = torch.Generator().manual_seed(args.seed)
@@ -606,8 +612,27 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     # One-dimensional views of the same memory: AdamW's fused kernel would first copy a channels-last tensor.
     dense = [flat(p.detach()) for p in parameters]
     optimizer = torch.optim.AdamW(dense, lr=args.lr, fused=True)
-    best, start = None, time.perf_counter()
-    for epoch in range(1, args.epochs + 1):
+    best, first, start, spent = None, 1, time.perf_counter(), 0.0
+    if args.resume and last_path(out).exists():
+        last = load_checkpoint(last_path(out), checkpoint["kind"])
+        changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k) and k not in ("resume", "device", "out")]
+        if changed:
+            raise UserError(f"{last_path(out)} is of a run with another --{changed[0]}: resume with the arguments it had.")
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        generator.set_state(last["generator"])
+        torch.set_rng_state(last["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(last["device_rng"])
+        record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
+        first, spent = last["epoch"] + 1, last["spent"]
+        print(f"Going on after epoch {last['epoch']}.")
+    elif args.resume:
+        print(f"There is no {last_path(out)} to resume: starting.")
+    for epoch in range(first, args.epochs + 1):
+        if best and epoch - 1 - best["epoch"] >= args.patience:
+            print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
+            break
         items = plan(generator)
         batch = min(args.batch, len(items))
         steps, width = len(items) // batch, items[0].numel()
@@ -622,8 +647,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
                 group["lr"] = lr
             # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
             rows, warp = items[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
+            x = augment(crops[rows], warp)  # not under autocast: bfloat16 coordinates would shake the pixels
             with autocast(device):
-                loss = criterion(model(augment(crops[rows], warp)), items[now])
+                loss = criterion(model(x), items[now])
             model.zero_grad()
             loss.backward()
             for view, p in zip(dense, parameters):
@@ -631,11 +657,12 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
             optimizer.step()
             losses[step] = loss.detach()
             if step + 1 == steps or time.perf_counter() - shown > 0.5:  # the only moments at which the host waits
-                done, shown = losses[:step + 1], time.perf_counter()
+                done = losses[:step + 1]
                 if not done.isfinite().all():
                     bad = int(done.isfinite().int().argmin())
                     kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
                     raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. Try a lower --lr.")
+                shown = time.perf_counter()
                 speed = (step + 1) * batch * width / (shown - begin)
                 left = ((args.epochs - epoch + 1) * steps - step - 1) * batch * width / speed
                 progress(f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {done.mean().item():.4f}  "
@@ -645,26 +672,30 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         figures = validate()
         row.update(figures)
         record["epochs"].append(row)
-        metric = next(iter(figures))
-        better = best is None or row[metric] > best[metric]
+        record["metrics"] = list(figures)
+        better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
         if better:
+            if best is None and out.exists():
+                os.replace(out, out.with_suffix(".old.pt"))  # an earlier run's best is not lost
             best = row
             save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
-        record["seconds"]["training and validation"] = round(time.perf_counter() - start, 1)
+        record["seconds"]["training and validation"] = round(spent + time.perf_counter() - start, 1)
         write_record(out, record)
+        save_checkpoint(last_path(out), dict(
+            checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+            rng=torch.get_rng_state(), device_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
+            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent + time.perf_counter() - start))
         progress("")
         print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
               + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
-        if epoch - best["epoch"] >= args.patience:
-            print(f"Stopped early: {metric} is no better than {args.patience} epochs ago.")
-            break
+    last_path(out).unlink(missing_ok=True)
     model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
     return best
 
 
 def flat(tensor):
     """All elements in the order they have in memory, [n], without a copy; for dense and channels-last tensors."""
-    return tensor.permute(0, 2, 3, 1).reshape(-1) if tensor.dim() == 4 else tensor.reshape(-1)
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(-1)
 
 
 def keep_memory():
@@ -676,6 +707,11 @@ def keep_memory():
             mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its upper limit
         except (OSError, AttributeError):
             pass  # another C library: as it is
+
+
+def last_path(out):
+    """Where the state of an unfinished run stands: par_best.pt -> par_last.pt."""
+    return out.with_name(out.stem.removesuffix("_best") + "_last.pt")
 
 
 def progress(text):
@@ -706,13 +742,15 @@ def write_whole(path, write):
 
 def check_output(path):
     """Make the folder of `path` and try to write in it: better before the training than after."""
+    if path.is_dir() or path.suffix.lower() in ("", ".json", ".png"):
+        raise UserError(f"{path} is no name for this file: give one that ends in .pt (.npz with --embed).")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        probe = Path(path).with_name(f".{Path(path).name}.probe")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.probe")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --out.") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 
 
 def write_record(out, record):
@@ -752,8 +790,9 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
     checkpoint = torch_load(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") or checkpoint.get("version") != 1:
-        raise UserError(f"{path} is not a checkpoint of this project.")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") or checkpoint.get("version") != 1 \
+            or not {"model", "args", "train_ids", "validation_ids"} <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
     return checkpoint
@@ -809,35 +848,39 @@ def shared_flags(parser, epochs, lr, out):
     group = parser.add_argument_group("data, training and output")
     group.add_argument("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: "
                        "./Market-1501-v15.09.15; where that is not, a drawn demo set)")
-    group.add_argument("--size", type=image_size, default=(128, 64), metavar="HxW", help="crops' height x width (128x64, their own)")
+    group.add_argument("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, their own; "
+                       "with a checkpoint, its own)")
     group.add_argument("--weights", metavar="W", help="to start from: imagenet, none, or a FILE with torchvision's ResNet18 "
                        "(imagenet; none for the demo set)")
     group.add_argument("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
     group.add_argument("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
     group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the "
                        "rate rises; then it falls to 0 (0.1, report section 4)")
-    group.add_argument("--batch", type=number(int, 1), default=32, metavar="N", help="images, or anchors, a step (32)")
+    group.add_argument("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
     group.add_argument("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
     group.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint; its record is .json beside it ({out})")
-    return group
+    group.add_argument("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
 
 
-def choose_device(args):
-    """The device that --device asks for, if this machine has it, made ready."""
+def start(args, path=None, checkpoint=None, data=True):
+    """Settle device, size, data and weights, and say so: -> device. Fills args.size, .data, .demo, .weights, .device.
+
+    A checkpoint, read from `path`, decides the size. Without --data the demo set is drawn, if it has not been.
+    """
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: pass --device {best}.")
     device = torch.device(best if args.device == "auto" else args.device)
+    args.device = device.type
     keep_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return device
-
-
-def start(args):
-    """Settle device, data and weights, and say so: -> device. Sets args.data, args.weights, args.device, args.demo."""
-    device = choose_device(args)
+    saved = checkpoint and tuple(checkpoint["args"]["size"])
+    if saved and args.size not in (None, saved):
+        raise UserError(f"{path} was trained with --size {saved[0]}x{saved[1]}: leave --size out.")
+    args.size = saved or args.size or (128, 64)
+    if not data:
+        return device
     if args.data is None:
         args.data = Path("Market-1501-v15.09.15")
         if not args.data.is_dir():
@@ -849,11 +892,10 @@ def start(args):
         raise UserError(f"--data {args.data} is not a folder.")
     args.demo = (args.data / DRAWN).is_file()
     args.weights = args.weights or ("none" if args.demo else "imagenet")
-    args.device = device.type
     if args.demo:
         print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. README says how to get that.")
     print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
-          f"{args.size[0]}x{args.size[1]} | weights {args.weights} | seed {args.seed}", flush=True)
+          f"{args.size[0]}x{args.size[1]} | weights {path or args.weights} | seed {args.seed}", flush=True)
     return device
 
 
@@ -875,8 +917,15 @@ def run(main):
         progress("")
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{script}: the device's memory is full: lower --batch or --size, or pass --device cpu.", file=sys.stderr)
+    except OSError as error:
+        progress("")
+        print(f"{script}: {error.filename or 'A file'} cannot be read or written ({error.strerror}).", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # CUDA, MPS and the CPU's allocator say it in different words
+        if not re.search("out of memory|can't allocate|not enough memory", str(error)):
+            raise
+        progress("")
+        print(f"{script}: the memory is full: lower --batch or --size, or pass another --device.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: stopped.", file=sys.stderr)
@@ -952,10 +1001,13 @@ def charts(path, panels, columns=1, size=(560, 330)):
         text(x0 - 48, y1 - 10, panel["y"], "lm", 12, GREY)
         legend = []
         for colour, (name, (xv, yv)) in zip(COLOURS, panel["lines"].items()):
-            line([(at_x(a), at_y(b)) for a, b in zip(xv, yv)], colour)
+            points = [(at_x(a), at_y(b)) for a, b in zip(xv, yv)]
+            line(points, colour)
+            for x, y in points if len(points) < 50 else ():
+                pen.ellipse([(x - 2.5) * scale, (y - 2.5) * scale, (x + 2.5) * scale, (y + 2.5) * scale], colour)
             legend.append((name, colour))
         for colour, (name, v) in zip(COLOURS[len(legend):] + COLOURS, marks.items()):
-            for k in range(0, 40, 2):
+            for k in range(0, 40, 2) if low <= v <= high else ():
                 line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], colour, 1.5)
             legend.append((name, colour))
         for k, (name, colour) in enumerate(legend):
@@ -964,16 +1016,19 @@ def charts(path, panels, columns=1, size=(560, 330)):
     write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
 
 
-def ticks(low, high, most=6):
-    """Round numbers, at most about `most`, from at or below `low` to at or above `high`."""
+def ticks(low, high):
+    """Round numbers, from at or below `low` to at or above `high`, about five."""
     span = high - low or abs(high) or 1.0
-    step = next(s for e in range(-9, 12) for s in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if span / s <= most)
-    return [round(k * step, 10) for k in range(math.floor(low / step), math.ceil(high / step) + 1 or 1)]
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(f * power for f in (0.2, 0.5, 1, 2) if span / (f * power) <= 6)
+    first = math.floor(low / step)
+    return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
-def curves(path, rows, title):
-    """Training curves of a record's epochs: the loss, and the validation figures in percent."""
+def curves(path, record, title):
+    """Draw a record's training curves: the loss, and the validation figures in percent."""
+    rows = record["epochs"]
     x = [row["epoch"] for row in rows]
-    figures = {k: (x, [100 * row[k] for row in rows]) for k in list(rows[0])[5:]}
+    figures = {k: (x, [100 * row[k] for row in rows]) for k in record["metrics"]}
     charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": {"training": (x, [r["loss"] for r in rows])}},
                   {"title": f"{title}: validation", "x": "epoch", "y": "%", "lines": figures}], columns=2)

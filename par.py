@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Stage 1, person attribute recognition: ResNet18 with a Dropout + Linear head for each of 12 attributes.
+"""Stage 1, person attribute recognition: ResNet18 with a head for each of 12 attributes.
 
-    python par.py --loss wce --epochs 15                train; best checkpoint par_best.pt
+    python par.py --loss wce --epochs 15                train; the best epoch is par_best.pt
     python par.py --loss all                            the four losses in turn: tables 2 and 3
-    python par.py --eval par_best.pt                    score on validation and on the test identities
+    python par.py --eval par_best.pt                    score: validation and test identities
     python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
     python par.py --stats                               class frequencies: table 4 and figure 4
 
-[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and Trebucchi
-(University of Trento); tables and figures have its numbers.
+[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
+Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
 import csv
@@ -105,18 +105,18 @@ def predict(model, crops, rows=None):
 
 
 def load_train(args):
-    """The training half of the data set, which stage 1 needs annotations for."""
+    """The train set, with the annotations that stage 1 needs."""
     market = common.load_market(args.data, "train", args.size)
     if (market.labels < 0).any():
         raise UserError(f"{args.data} has no annotations: annotations_train.csv or market_attribute.mat belongs there.")
     return market
 
 
-def train(args, kind, out, market, split, crops):
-    """Train with one loss, write checkpoint, record and curves: -> (accuracy [12], f1 [12]) on validation."""
+def train(args, market, split, crops, state):
+    """Train with args.loss, write checkpoint, record and curves: -> (accuracy [12], f1 [12]) on validation."""
     chosen, held = split
     torch.manual_seed(args.seed)  # the same start for each loss
-    model = AttributeNet(args.dropout, common.backbone_weights(args.weights)).to(crops.device)
+    model = AttributeNet(args.dropout, state).to(crops.device)
     labels = market.labels.to(crops.device)
     weights = [w.to(crops.device) for w in class_weights(market.labels[chosen])]
     pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
@@ -125,19 +125,18 @@ def train(args, kind, out, market, split, crops):
         accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
         return {"f1": f1.mean().item(), "accuracy": accuracy.mean().item()}
 
-    record = common.new_record(args) | {"loss": kind, "images": {"train": len(pool), "validation": len(validation)}}
-    checkpoint = {"kind": "par", "args": record["arguments"] | {"loss": kind}, "versions": record["versions"],
+    record = common.new_record(args) | {"images": {"train": len(pool), "validation": len(validation)}}
+    checkpoint = {"kind": "par", "args": record["arguments"], "versions": record["versions"],
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique()}
-    settings = argparse.Namespace(**vars(args) | {"out": out})
-    print(f"\n{LOSSES[kind]}: {len(pool)} training and {len(validation)} validation crops of "
+    print(f"\n{LOSSES[args.loss]}: {len(pool)} training and {len(validation)} validation crops of "
           f"{len(checkpoint['train_ids'])} and {len(checkpoint['validation_ids'])} identities")
     best = common.fit(model, crops, lambda generator: pool[torch.randperm(len(pool), generator=generator)],
-                      lambda logits, rows: attribute_loss(logits, labels[rows], kind, weights, args.gamma),
-                      validate, settings, checkpoint, record)
+                      lambda logits, rows: attribute_loss(logits, labels[rows], args.loss, weights, args.gamma),
+                      validate, args, checkpoint, record)
     accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
     record["final"] = {"best epoch": best["epoch"], "validation": figures(accuracy, f1)}
-    common.write_record(out, record)
-    common.curves(Path(out).with_suffix(".png"), record["epochs"], f"Stage 1, {LOSSES[kind]}")
+    common.write_record(args.out, record)
+    common.curves(args.out.with_suffix(".png"), record, f"Stage 1, {LOSSES[args.loss]}")
     return accuracy, f1
 
 
@@ -152,16 +151,16 @@ def commonest(labels, reference):
     return score(torch.stack([n.argmax() for n in class_counts(reference)]).expand_as(labels), labels)
 
 
-def show(title, columns):
+def show(title, columns, best=None):
     """Print percentages as [report] tables 2 and 3 do: columns is a dict of names -> [12] fractions."""
     rows = [[a.capitalize()] + [100 * v[k].item() for v in columns.values()] for k, a in enumerate(ATTRIBUTES)]
     rows.append(["Global"] + [100 * v.mean().item() for v in columns.values()])
-    common.table(title, ["", *columns], rows, best=max)
+    common.table(title, ["", *columns], rows, best)
 
 
-def evaluate(args):
+def evaluate(args, checkpoint):
     """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
-    checkpoint, model = load(args)
+    model = load(args, checkpoint)
     market = load_train(args)
     chosen, held = common.saved_split(checkpoint, market.person_ids, args.eval)
     test = common.load_market(args.data, "gallery", args.size)
@@ -175,25 +174,23 @@ def evaluate(args):
 
 
 def show_one(title, accuracy, f1, labels, reference):
-    """Print one model's accuracy and F1, each beside that of always predicting the training half's commonest class."""
+    """Print one model's accuracy and F1, each beside that of naming the commonest class among `reference` labels."""
     guess_accuracy, guess_f1 = commonest(labels, reference)
-    show(title, {"accuracy": accuracy, "commonest": guess_accuracy, "F1": f1, "commonest's": guess_f1})
+    show(title, {"accuracy": accuracy, "of the commonest": guess_accuracy, "F1": f1, "F1 of the commonest": guess_f1})
 
 
-def load(args):
-    """Read the checkpoint of --eval: -> (checkpoint, network); sets args.size to what it was trained with."""
-    checkpoint = common.load_checkpoint(args.eval, "par")
-    args.size = tuple(checkpoint["args"]["size"])
-    return checkpoint, common.load_weights(AttributeNet(), checkpoint["model"], args.eval).to(args.device)
+def load(args, checkpoint):
+    """The network that the checkpoint of --eval holds."""
+    return common.load_weights(AttributeNet(), checkpoint["model"], args.eval).to(args.device)
 
 
-def predict_files(args):
+def predict_files(args, checkpoint):
     """Write the attributes of the user's own images, and of all images in folders, as CSV on standard output."""
-    _, model = load(args)
+    model = load(args, checkpoint)
     paths, crops = common.read_user_images(args.predict, args.size)
     logits = common.infer(model, crops.to(args.device))
     best = [z.softmax(1).cpu().max(1) for z in logits]
-    table = csv.writer(sys.stdout)
+    table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
     for i, path in enumerate(paths):
         table.writerow([path, *(names[b.indices[i]] for names, b in zip(ATTRIBUTES.values(), best)),
@@ -201,16 +198,15 @@ def predict_files(args):
 
 
 def statistics(args):
-    """Print how often each class occurs in the training half ([report] table 4) and draw it (figure 4)."""
+    """Print how often each class occurs in the train set ([report] table 4) and draw it (figure 4)."""
     market = load_train(args)
     _, first = np.unique(market.person_ids.numpy(), return_index=True)
     crops, people = class_counts(market.labels), class_counts(market.labels[torch.from_numpy(first)])
     rows = [[f"{attribute} {name}", int(c), 100 * (c / n.sum()).item(), int(p), 100 * (p / m.sum()).item()]
             for (attribute, names), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(names, n, m)]
-    common.table(f"Table 4: classes in {args.data}, {len(market.names)} training crops of {len(first)} identities",
+    common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(first)} identities",
                  ["", "crops", "%", "identities", "%"], [[r[0], str(r[1]), r[2], str(r[3]), r[4]] for r in rows])
     path = args.out.with_name("par_stats.png")
-    common.check_output(path)
     common.charts(path, [{"title": a, "bars": {name: 100 * (c / n.sum()).item() for name, c in zip(names, n)}}
                          for (a, names), n in zip(ATTRIBUTES.items(), crops)], columns=3, size=(330, 260))
     print(f"Figure 4: {path}")
@@ -225,31 +221,35 @@ def main():
     group.add_argument("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
     group.add_argument("--eval", type=Path, metavar="FILE", help="checkpoint of par.py to score instead of training")
     group.add_argument("--predict", type=Path, nargs="+", metavar="PATH", help="with --eval: attributes of these images and folders, as CSV")
-    group.add_argument("--stats", action="store_true", help="class frequencies of the training half: table 4 and figure 4")
+    group.add_argument("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
     common.shared_flags(parser, 15, 3e-4, "par_best.pt")
     args = parser.parse_args()
     if args.predict and not args.eval:
         raise UserError("--predict needs --eval FILE, the checkpoint to predict with.")
-    if args.eval:  # before a data set is drawn or read
-        common.load_checkpoint(args.eval, "par")
+    checkpoint = args.eval and common.load_checkpoint(args.eval, "par")
+    device = common.start(args, args.eval, checkpoint, data=not args.predict)
     if args.predict:
-        args.device = common.choose_device(args).type
-        return predict_files(args)
-    device = common.start(args)
-    if args.eval or args.stats:
-        return evaluate(args) if args.eval else statistics(args)
+        return predict_files(args, checkpoint)
+    if args.eval:
+        return evaluate(args, checkpoint)
+    if args.stats:
+        return statistics(args)
 
+    common.check_output(args.out)
+    state = common.backbone_weights(args.weights)
     market = load_train(args)
     split = common.split_identities(market.person_ids, seed=args.seed)
-    common.check_output(args.out)
+    truth, reference = market.labels[split[1]], market.labels[split[0]]
     crops = market.images.to(device)
     if args.loss != "all":
-        accuracy, f1 = train(args, args.loss, args.out, market, split, crops)
-        return show_one(f"{args.out} on validation (%)", accuracy, f1, market.labels[split[1]], market.labels[split[0]])
-    scores = {LOSSES[kind]: train(args, kind, args.out.with_stem(f"{args.out.stem}_{kind}"), market, split, crops) for kind in LOSSES}
-    scores["commonest"] = commonest(market.labels[split[1]], market.labels[split[0]])
+        return show_one(f"{args.out} on validation (%)", *train(args, market, split, crops, state), truth, reference)
+    scores = {}
+    for kind, name in LOSSES.items():
+        settings = argparse.Namespace(**vars(args) | {"loss": kind, "out": args.out.with_stem(f"{args.out.stem}_{kind}")})
+        scores[name] = train(settings, market, split, crops, state)
     for k, title in enumerate(("Table 2: accuracy (%) for the losses, validation", "Table 3: macro F1 (%) for the losses, validation")):
-        show(title, {name: score[k] for name, score in scores.items()})
+        show(title, {name: score[k] for name, score in scores.items()}, best=max)
+    show("Naming the commonest class (%)", dict(zip(("accuracy", "F1"), commonest(truth, reference))))
 
 
 if __name__ == "__main__":

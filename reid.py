@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Stage 2, person re-identification: a Siamese network trained with triplets from colour clusters.
+"""Stage 2, person re-identification: a Siamese network, triplets from colour clusters.
 
-    python reid.py --init par_best.pt                   train from stage 1; best checkpoint reid_best.pt
+    python reid.py --init par_best.pt                   train; the best epoch is reid_best.pt
     python reid.py                                      the same without transfer
     python reid.py --init par_best.pt --compare         both: table 1
-    python reid.py --eval reid_best.pt                  validation and official test, every selection
+    python reid.py --eval reid_best.pt                  score: validation and official test
     python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
 
-[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and Trebucchi
-(University of Trento); tables and figures have its numbers.
+[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
+Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
 import time
@@ -24,7 +24,10 @@ import common
 import par
 from common import UserError
 
-MARGIN = 1.0
+# Of the triplet loss, in squared distance; the report does not say. At the start of stage 2 on Market-1501 the squared
+# distance to a negative exceeds that to a positive by about 35 (median), so that half of the triplets have a loss;
+# README compares values.
+MARGIN = 40.0
 
 
 # ---------------------------------------------------------------------------------------------- clusters and triplets
@@ -46,13 +49,13 @@ def cluster_histograms(images, clusters, seed=0):
     histograms = torch.cat(histograms).view(-1, 512)
     points = (histograms / histograms.sum(1, keepdim=True)).sqrt()
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(min(clusters, len(points)), generator=generator, dtype=torch.float64).to(points.device)
+    draws = torch.rand(min(clusters, len(points)), generator=generator, dtype=torch.float64).tolist()
 
     nearest = torch.full((len(points),), 4.0, device=points.device)  # squared distance to the nearest centre so far
     centres = points[:0]
     for draw in draws:  # k-means++ (Arthur and Vassilvitskii 2007): the next centre in proportion to that distance
-        mass = nearest.cumsum(0, dtype=torch.float32 if points.device.type == "mps" else torch.float64)
-        pick = torch.searchsorted(mass, (draw * mass[-1]).to(mass.dtype).view(1)).clamp(max=len(points) - 1)
+        mass = nearest.cumsum(0)
+        pick = torch.searchsorted(mass, (draw * mass[-1]).view(1)).clamp(max=len(points) - 1)
         centres = torch.cat([centres, points[pick]])
         nearest = torch.minimum(nearest, (2 - 2 * points @ points[pick][0]).clamp(min=0))
     assigned = None
@@ -226,19 +229,23 @@ def distance_chunks(query, gallery):
         yield slice(i, i + rows), distances
 
 
-def distance_statistics(query, gallery, bins=100):
-    """Mean distance of all pairs, and figure 3: (mean, bin edges [bins + 1], pairs [bins], matches [bins]), in float64.
+def mean_distance(query, gallery):
+    """Mean distance over all pairs of a query and a gallery crop, the threshold of [report] section 4.2.1."""
+    total = pairs = 0
+    for _, distances in distance_chunks(query, gallery):
+        finite = distances[distances.isfinite()]
+        total, pairs = total + finite.sum(dtype=torch.float64).item(), pairs + len(finite)
+    return total / pairs
 
-    Matches are pairs of one identity in two cameras. Junk takes no part.
-    """
-    finite = [(d[d.isfinite()].sum(dtype=torch.float64).item(), d[d.isfinite()].max().item(), int(d.isfinite().sum()))
-              for _, d in distance_chunks(query, gallery)]
-    sums, tops, pairs = zip(*finite)
+
+def distance_histograms(query, gallery, bins=100):
+    """Of all pairs and of matches, one identity in two cameras: (bin edges [bins + 1], pairs [bins], matches [bins])."""
+    top = max(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery))
     counts = torch.zeros(2, bins, dtype=torch.float64)
     for rows, distances in distance_chunks(query, gallery):
         match = (gallery.ids == query.ids[rows, None]) & (gallery.cameras != query.cameras[rows, None])
-        counts += torch.stack([torch.histc(d, bins, 0, max(tops)).cpu() for d in (distances[distances.isfinite()], distances[match])])
-    return sum(sums) / sum(pairs), torch.linspace(0, max(tops), bins + 1, dtype=torch.float64), *counts
+        counts += torch.stack([torch.histc(d, bins, 0, top).cpu() for d in (distances[distances.isfinite()], distances[match])])
+    return torch.linspace(0, top, bins + 1, dtype=torch.float64), *counts
 
 
 def score_selections(query, gallery, selections, cross_camera):
@@ -284,24 +291,23 @@ def tune_hamming(query, gallery):
 
 
 def embed(model, attribute_net, crops, ids, cameras, rows=None):
-    """Embed crops[rows], and predict their attributes if there is a stage-1 network: -> Crops, on the CPU or GPU."""
-    device = next(model.parameters()).device
+    """Embed crops[rows], and predict their attributes if there is a stage-1 network: -> Crops, on the CPU or CUDA device."""
     features = common.infer(model, crops, rows)
-    if not features.isfinite().all():
-        raise UserError("The embeddings hold NaN or infinity: the network that made them has diverged. Train again with a lower --lr.")
+    device = features.device if features.is_cuda else torch.device("cpu")  # ranking takes float64, which MPS has not
+    features = features.to(device)
     chosen = slice(None) if rows is None else rows
     attributes = None if attribute_net is None else par.predict(attribute_net, crops, rows).to(device)
     return Crops(features, ids[chosen].to(device), cameras[chosen].to(device), attributes)
 
 
-def train(args, out, initial, market, split, crops):
-    """Train from a stage-1 checkpoint `initial`, or from --weights if None; write checkpoint, record, curves, figure 3.
+def train(args, initial, market, split, crops, state):
+    """Train from a stage-1 checkpoint `initial`, or from a state dict; write checkpoint, record, curves, figure 3.
 
     -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
     """
     chosen, held = split
     torch.manual_seed(args.seed)
-    model = EmbeddingNet(args.dim, None if initial else common.backbone_weights(args.weights))
+    model = EmbeddingNet(args.dim, None if initial else state)
     attribute_net = None
     if initial:
         attribute_net = common.load_weights(par.AttributeNet(), initial["model"], args.init).to(crops.device)
@@ -310,7 +316,7 @@ def train(args, out, initial, market, split, crops):
     pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
     begin = time.perf_counter()
     clusters = torch.zeros(len(pool), dtype=torch.int64) if args.negatives == "random" else \
-        cluster_histograms(crops[pool.to(crops.device)], args.clusters, args.seed).cpu()
+        cluster_histograms((crops if crops.is_cuda else market.images)[chosen], args.clusters, args.seed).cpu()
     clustering = time.perf_counter() - begin
 
     def plan(generator):
@@ -326,31 +332,34 @@ def train(args, out, initial, market, split, crops):
     record["seconds"]["clustering"] = round(clustering, 2)
     checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique(),
-                  "attributes": initial and initial["model"], "hamming": None}
+                  "attributes": initial and initial["model"]}
     start = "stage 1" if initial else f"weights {args.weights}"
-    print(f"\nFrom {start}: {len(pool)} triplets an epoch, {int(clusters.max()) + 1} clusters in {clustering:.1f} s; "
-          f"validation: {len(validation)} crops, each a query")
-    settings = argparse.Namespace(**vars(args) | {"out": out})
+    negatives = "any negatives" if args.negatives == "random" else f"negatives from {int(clusters.max()) + 1} clusters ({clustering:.1f} s)"
+    print(f"\nFrom {start}: {len(pool)} anchors, {negatives}; {len(validation)} validation crops, each a query")
     best = common.fit(model, crops, plan, lambda features, rows: triplet_loss(*features.float().chunk(3), args.margin),
-                      validate, settings, checkpoint, record)
+                      validate, args, checkpoint, record)
 
     here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
-    if attribute_net:
-        checkpoint["hamming"] = tune_hamming(here, here)
-        common.save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=best["epoch"]))
-    results = report(args, here, here, checkpoint["hamming"], f"{out}, {len(validation)} validation crops")
-    record["final"] = {"best epoch": best["epoch"], "hamming": checkpoint["hamming"], "validation": results}
-    common.write_record(out, record)
-    common.curves(Path(out).with_suffix(".png"), record["epochs"], f"Stage 2, from {start}")
-    figure_3(args, Path(out).with_name(Path(out).stem + "_distances.png"), here, here)
+    results, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
+    record["final"] = {"best epoch": best["epoch"], "hamming": hamming, "validation": results}
+    common.write_record(args.out, record)
+    common.curves(args.out.with_suffix(".png"), record, f"Stage 2, from {start}")
+    figure_3(args, args.out.with_name(args.out.stem + "_distances.png"), here, here)
     return results
 
 
-def report(args, query, gallery, hamming, title, protocols=("all cameras", "across cameras")):
-    """Print a table of every selection for each protocol: -> dict of protocol -> selection -> metrics."""
-    mean = distance_statistics(query, gallery)[0]
-    threshold = mean if args.threshold == "mean" else args.threshold
-    hamming = args.hamming if args.hamming is not None and gallery.attributes is not None else hamming
+def report(args, query, gallery, title, hamming=None, protocols=("all cameras", "across cameras")):
+    """Print a table of every selection for each protocol: -> (dict of protocol -> selection -> metrics, Hamming parameter).
+
+    The Hamming parameter is --hamming, else the given one, else tuned on these crops; None without predicted attributes.
+    """
+    threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
+    if gallery.attributes is None:
+        hamming = None
+    elif args.hamming is not None:
+        hamming = args.hamming
+    elif hamming is None:
+        hamming = tune_hamming(query, gallery)
     results = {}
     for protocol in protocols:
         results[protocol] = scores = score_selections(query, gallery, selections(threshold, hamming), protocol == "across cameras")
@@ -363,41 +372,41 @@ def report(args, query, gallery, hamming, title, protocols=("all cameras", "acro
              "; no Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
     print("mAP: a match that is not returned counts as precision 0, so that a threshold can only lower it; what it buys is\n"
           "the precision of the returned lists, whose mean length, precision and recall stand to the right.")
-    return results
+    return results, hamming
 
 
 def figure_3(args, path, query, gallery):
     """Draw [report] figure 3: how the distances of matches lie within those of all pairs, and the threshold."""
-    mean, edges, pairs, matches = distance_statistics(query, gallery)
+    edges, pairs, matches = distance_histograms(query, gallery)
     centres, width = ((edges[1:] + edges[:-1]) / 2).tolist(), (edges[1] - edges[0]).item()
     lines = {name: (centres, (counts / counts.sum() / width).tolist())
              for name, counts in (("all pairs", pairs), ("matches, across cameras", matches))}
-    threshold = mean if args.threshold == "mean" else args.threshold
+    threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
     common.charts(path, [{"title": "Figure 3: distances between validation crops", "x": "Euclidean distance between embeddings",
                           "y": "density", "lines": lines, "marks": {f"threshold {threshold:.2f}": threshold}}])
 
 
-def load(args):
-    """Read the checkpoint of --eval: -> (checkpoint, embedding network, stage-1 network or None); sets args.size."""
-    checkpoint = common.load_checkpoint(args.eval, "reid")
-    args.size = tuple(checkpoint["args"]["size"])
+def load(args, checkpoint):
+    """What the checkpoint of --eval holds: (embedding network, stage-1 network or None)."""
     model = common.load_weights(EmbeddingNet(checkpoint["args"]["dim"]), checkpoint["model"], args.eval).to(args.device)
     attributes = checkpoint["attributes"]
-    return checkpoint, model, attributes and common.load_weights(par.AttributeNet(), attributes, args.eval).to(args.device)
+    return model, attributes and common.load_weights(par.AttributeNet(), attributes, args.eval).to(args.device)
 
 
-def evaluate(args):
-    """Score a checkpoint: validation under both protocols, the official test set under the standard one."""
-    checkpoint, model, attribute_net = load(args)
+def evaluate(args, checkpoint):
+    """Score a checkpoint: validation under both protocols, the official test set under the standard one.
+
+    The Hamming parameter is tuned on validation and then used on test.
+    """
+    model, attribute_net = load(args, checkpoint)
     market = common.load_market(args.data, "train", args.size)
     held = common.saved_split(checkpoint, market.person_ids, args.eval)[1].nonzero()[:, 0]
     here = embed(model, attribute_net, market.images, market.person_ids, market.camera_ids, held)
-    report(args, here, here, checkpoint["hamming"], f"{args.eval}, {len(held)} validation crops")
+    _, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
     query, gallery = (embed(model, attribute_net, part.images, part.person_ids, part.camera_ids)
                       for part in (common.load_market(args.data, name, args.size) for name in ("query", "gallery")))
     gallery = without_junk(gallery)
-    report(args, query, gallery, checkpoint["hamming"], f"{args.eval}, official test set, {len(gallery.ids)} gallery crops",
-           ("across cameras",))
+    report(args, query, gallery, f"{args.eval}, official test set, {len(gallery.ids)} gallery crops", hamming, ("across cameras",))
 
 
 def without_junk(crops):
@@ -406,9 +415,9 @@ def without_junk(crops):
     return Crops(*(None if v is None else v[real] for v in (crops.features, crops.ids, crops.cameras, crops.attributes)))
 
 
-def export(args):
+def export(args, checkpoint):
     """Write the test set's embeddings to --embed as NumPy arrays."""
-    _, model, _ = load(args)
+    model, _ = load(args, checkpoint)
     common.check_output(args.embed)
     arrays = {}
     for name in ("query", "gallery"):
@@ -442,24 +451,24 @@ def main():
         raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
     if args.embed and not args.eval:
         raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
-    for path, kind in ((args.init, "par"), (args.eval, "reid")):
-        if path:  # before a data set is drawn or read
-            common.load_checkpoint(path, kind)
-    device = common.start(args)
+    if args.init and args.eval:
+        raise UserError("--init trains and --eval scores: pass one of them.")
+    path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
+    checkpoint = path and common.load_checkpoint(path, kind)
+    device = common.start(args, path, checkpoint)
     if args.eval:
-        return export(args) if args.embed else evaluate(args)
+        return export(args, checkpoint) if args.embed else evaluate(args, checkpoint)
 
-    initial = args.init and common.load_checkpoint(args.init, "par")
-    if initial:
-        args.size = tuple(initial["args"]["size"])
-    market = common.load_market(args.data, "train", args.size)
-    split = common.saved_split(initial, market.person_ids, args.init) if initial else \
-        common.split_identities(market.person_ids, seed=args.seed)
     common.check_output(args.out)
+    state = None if checkpoint and not args.compare else common.backbone_weights(args.weights)
+    market = common.load_market(args.data, "train", args.size)
+    split = common.saved_split(checkpoint, market.person_ids, path) if checkpoint else \
+        common.split_identities(market.person_ids, seed=args.seed)
     crops = market.images.to(device)
-    results = train(args, args.out, initial, market, split, crops)
+    results = train(args, checkpoint, market, split, crops, state)
     if args.compare:
-        plain = train(args, args.out.with_stem(args.out.stem + "_without"), None, market, split, crops)
+        settings = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
+        plain = train(settings, None, market, split, crops, state)
         common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
                      [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
                       for protocol in results], best=max)
