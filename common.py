@@ -976,14 +976,13 @@ def charts(path, panels, columns=1, size=(560, 330)):
         left, top = i % columns * width, i // columns * height
         text(left + 16, top + 20, panel["title"], "lm", 15)
         if "bars" in panel:
-            step = (height - 44) / max(len(panel["bars"]), 4)
             for k, (name, value) in enumerate(panel["bars"].items()):
-                y, length = top + 40 + (k + 0.5) * step, (width - 150) * value / 100
-                text(left + 84, y, name, "rm")
-                pen.rectangle([c * scale for c in (left + 90, y - 0.36 * step, left + 90 + length, y + 0.36 * step)], COLOURS[0])
-                text(left + 95 + length, y, f"{value:.1f} %", "lm", 12)
+                y, length = top + 54 + 26 * k, (width - 190) * value / 100
+                text(left + 114, y, name, "rm")
+                pen.rectangle([c * scale for c in (left + 120, y - 9, left + 120 + length, y + 9)], COLOURS[0])
+                text(left + 125 + length, y, f"{value:.1f} %", "lm", 12)
             continue
-        x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 44
+        x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 62
         (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
         x_ticks, y_ticks = ticks(min(map(min, xs)), max(map(max, xs))), ticks(min(map(min, ys)), max(map(max, ys)))
         low, high = min(map(min, xs)), max(max(map(max, xs)), min(map(min, xs)) + 1e-9)
@@ -998,7 +997,7 @@ def charts(path, panels, columns=1, size=(560, 330)):
                 text(at_x(v), y0 + 7, f"{v:g}", "mt", 12)
         line([(x0, y1), (x0, y0), (x1, y0)], GREY, 1)
         text((x0 + x1) / 2, y0 + 36, panel["x"], "mm")
-        text(x0 - 48, y1 - 10, panel["y"], "lm", 12, GREY)
+        text(left + 16, y1 - 18, panel["y"], "lm", 12, GREY)
         legend = []
         for colour, (name, (xv, yv)) in zip(COLOURS, panel["lines"].items()):
             points = [(at_x(a), at_y(b)) for a, b in zip(xv, yv)]
@@ -1010,9 +1009,28 @@ def charts(path, panels, columns=1, size=(560, 330)):
             for k in range(0, 40, 2) if low <= v <= high else ():
                 line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], colour, 1.5)
             legend.append((name, colour))
-        for k, (name, colour) in enumerate(legend):
-            text(x1 - 4, y1 + 10 + 18 * k, name, "rm", 12, colour)
+        for k, (name, colour) in enumerate(reversed(legend)):
+            text(x1, y1 - 18, name, "rm", 12, colour)
+            x1 -= pen.textlength(name, ImageFont.load_default(12 * scale)) / scale + 18
     picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
+
+
+def sheet(path, rows, height=256):
+    """Draw crops with captions into a PNG file: rows is a list of lists of (crop uint8 [3, H, W], lines of text)."""
+    width = max(150, round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1]))
+    tall = height + 10 + 18 * max(len(lines) for row in rows for _, lines in row)
+    picture = Image.new("RGB", ((width + 10) * max(map(len, rows)) + 10, (tall + 10) * len(rows) + 10), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for i, row in enumerate(rows):
+        for k, (crop, lines) in enumerate(row):
+            x, y = 10 + k * (width + 10), 10 + i * (tall + 10)
+            image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+            picture.paste(image.resize((round(height * image.width / image.height), height), Image.Resampling.BICUBIC), (x, y))
+            for j, line in enumerate(lines):
+                while pen.textlength(line, font) > width:
+                    line = line[:-2] + "\u2026"
+                pen.text((x, y + height + 6 + 18 * j), line, INK, font)
     write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
 
 

@@ -206,9 +206,12 @@ def statistics(args):
             for (attribute, names), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(names, n, m)]
     common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(first)} identities",
                  ["", "crops", "%", "identities", "%"], [[r[0], str(r[1]), r[2], str(r[3]), r[4]] for r in rows])
+    shares = {a: dict(zip(names, (100 * n / n.sum()).tolist())) for (a, names), n in zip(ATTRIBUTES.items(), crops)}
+    pairs = {f"{a}: {list(share)[1]}": list(share.values())[1] for a, share in shares.items() if len(share) == 2}
     path = args.out.with_name("par_stats.png")
-    common.charts(path, [{"title": a, "bars": {name: 100 * (c / n.sum()).item() for name, c in zip(names, n)}}
-                         for (a, names), n in zip(ATTRIBUTES.items(), crops)], columns=3, size=(330, 260))
+    common.charts(path, [{"title": title, "bars": bars} for title, bars in (
+        ("Figure 4: age", shares["age"]), ("Two-class attributes", pairs),
+        ("Upper-body colour", shares["upcolor"]), ("Lower-body colour", shares["downcolor"]))], columns=2, size=(500, 320))
     print(f"Figure 4: {path}")
 
 

@@ -6,6 +6,7 @@
     python reid.py --init par_best.pt --compare         both: table 1
     python reid.py --eval reid_best.pt                  score: validation and official test
     python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
+    python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER    your own crops
 
 [report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
 Trebucchi (University of Trento); tables and figures have its numbers.
@@ -429,6 +430,26 @@ def export(args, checkpoint):
           f"{arrays['query_features'].shape[1]} dimensions")
 
 
+def search(args, checkpoint):
+    """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
+    model, attribute_net = load(args, checkpoint)
+    (asked, queries), (paths, crops) = (common.read_user_images([p], args.size) for p in (args.search, args.gallery))
+    unknown = torch.zeros(max(len(queries), len(crops)), dtype=torch.int64)
+    query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
+    nearest = torch.cdist(query.features, gallery.features).topk(min(args.top, len(crops)), largest=False)
+    same = None if attribute_net is None else len(common.ATTRIBUTES) - differing(query.attributes, gallery.attributes).int()
+    rows = []
+    for i, path in enumerate(asked):
+        found = list(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()))
+        alike = {g: "" if same is None else f"{same[i, g]} of 12" for g, _ in found}
+        common.table(f"Nearest to {path} of {len(crops)} images", ["rank", "distance", "same attributes", "file"],
+                     [[str(rank), f"{d:.3f}", alike[g], str(paths[g])] for rank, (g, d) in enumerate(found, 1)])
+        rows.append([(queries[i], ["query", path.name])] + [(crops[g], [f"{rank}: distance {d:.2f}", paths[g].name, alike[g] and f"{alike[g]} attributes"])
+                                                            for rank, (g, d) in enumerate(found, 1)])
+    common.sheet(args.out.with_name("search.png"), rows)
+    print(f"{args.out.with_name('search.png')}: the same as a picture")
+
+
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("stage 2")
@@ -445,17 +466,25 @@ def main():
                        "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
     group.add_argument("--eval", type=Path, metavar="FILE", help="checkpoint of reid.py to score instead of training")
     group.add_argument("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
+    group.add_argument("--search", type=Path, metavar="QUERY", help="with --eval and --gallery: find this image's, or each image's of this "
+                       "folder, nearest in the gallery")
+    group.add_argument("--gallery", type=Path, metavar="FOLDER", help="with --search: images to search")
+    group.add_argument("--top", type=common.number(int, 1), default=10, metavar="K", help="with --search: how many to list (10)")
     common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
     args = parser.parse_args()
     if args.compare and not args.init:
         raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
     if args.embed and not args.eval:
         raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
+    if args.search and not (args.eval and args.gallery):
+        raise UserError("--search needs --eval FILE, the checkpoint to search with, and --gallery FOLDER, the images to search.")
     if args.init and args.eval:
         raise UserError("--init trains and --eval scores: pass one of them.")
     path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = path and common.load_checkpoint(path, kind)
-    device = common.start(args, path, checkpoint)
+    device = common.start(args, path, checkpoint, data=not args.search)
+    if args.search:
+        return search(args, checkpoint)
     if args.eval:
         return export(args, checkpoint) if args.embed else evaluate(args, checkpoint)
 

@@ -491,7 +491,7 @@ def test_stage_1_scores_predicts_and_counts(trained, market, tmp_path, capsys):
     labels = common.load_market(market, "train").labels
     black = (labels[:, 10] == 0).sum().item()
     assert [r.split()[2:4] for r in out.splitlines() if r.startswith("upcolor black")] == [[str(black), f"{100 * black / 60:.2f}"]]
-    assert Image.open(tmp_path / "par_stats.png").size == (330 * 3 * 2, 260 * 4 * 2)
+    assert Image.open(tmp_path / "par_stats.png").size == (2 * 2 * 500, 2 * 2 * 320)
 
 
 def test_transparency_is_laid_on_white_and_photographs_turned_upright(tmp_path):
@@ -556,6 +556,22 @@ def test_stage_2_scores_and_exports_the_test_set(trained, market, tmp_path, caps
     expected = brute_force(torch.cdist(q, g), *sides, None, True)
     test = out[out.index("official test set"):].splitlines()
     assert test[2].split()[:2] == ["none", f"{100 * expected['mAP']:.2f}"]
+
+
+def test_search_finds_the_query_itself_first(trained, market, tmp_path, capsys):
+    query = sorted((market / "query").iterdir())[3]
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    for path in [*sorted((market / "bounding_box_test").iterdir())[:9], query]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "text.jpg").write_text("no image")
+    assert call(reid, "--eval", trained / "reid_best.pt", "--search", query, "--gallery", folder, "--top", 3, "--out", tmp_path / "r.pt") == 0
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()[3:6]]
+    assert [row[0] for row in rows] == ["1", "2", "3"] and rows[0][-1] == str(folder / query.name)
+    assert float(rows[0][1]) < 0.1 * float(rows[1][1])
+    assert rows[0][2:5] == ["12", "of", "12"] and float(rows[1][1]) <= float(rows[2][1]) and "text.jpg" in err
+    assert Image.open(tmp_path / "search.png").width == 4 * 160 + 10
 
 
 def test_comparison_with_and_without_transfer(trained, market, tmp_path, capsys):
@@ -771,6 +787,7 @@ BROKEN_ARGUMENTS = {
     "prediction without a checkpoint": (par, lambda t, f: ["--predict", t], "--predict needs --eval"),
     "comparison without a checkpoint": (reid, lambda t, f: ["--compare"], "needs --init"),
     "embedding without a checkpoint": (reid, lambda t, f: ["--embed", t / "x.npz"], "--embed needs --eval"),
+    "search without a gallery": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--search", t], "--search needs --eval"),
     "nothing to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t / "none"], "does not exist"),
     "no image to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t], "No image could be read"),
     "no checkpoint": (par, lambda t, f: ["--eval", t / "none.pt"], "does not exist"),
