@@ -239,10 +239,16 @@ FREQUENCIES = {
 }
 RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150), "yellow": (228, 196, 62),
        "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76), "pink": (232, 142, 170), "brown": (122, 82, 50)}
+SCALE = 3  # people are drawn three times as large and then reduced
 # Six places: wall, ground, horizon, light (gain per channel), blur in pixels, size of the people.
-CAMERAS = (((176, 182, 188), (150, 148, 142), 58, (1.00, 1.00, 1.00), 0.3, 1.00), ((150, 124, 104), (128, 122, 120), 50, (1.08, 0.98, 0.86), 0.5, 0.94),
-           ((116, 140, 104), (164, 158, 140), 66, (0.94, 1.04, 0.94), 0.4, 1.02), ((196, 200, 206), (110, 112, 118), 40, (0.84, 0.92, 1.08), 0.7, 0.90),
-           ((120, 112, 130), (176, 168, 160), 72, (0.78, 0.76, 0.80), 0.5, 0.97), ((206, 192, 164), (188, 176, 152), 54, (1.16, 1.10, 1.00), 0.9, 0.92))
+CAMERAS = (
+    ((176, 182, 188), (150, 148, 142), 58, (1.00, 1.00, 1.00), 0.3, 1.00),
+    ((150, 124, 104), (128, 122, 120), 50, (1.08, 0.98, 0.86), 0.5, 0.94),
+    ((116, 140, 104), (164, 158, 140), 66, (0.94, 1.04, 0.94), 0.4, 1.02),
+    ((196, 200, 206), (110, 112, 118), 40, (0.84, 0.92, 1.08), 0.7, 0.90),
+    ((120, 112, 130), (176, 168, 160), 72, (0.78, 0.76, 0.80), 0.5, 0.97),
+    ((206, 192, 164), (188, 176, 152), 54, (1.16, 1.10, 1.00), 0.9, 0.92),
+)
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
@@ -306,152 +312,164 @@ def draw_identity(random):
         accent = np.clip(shade + random.choice([-1, 1]) * random.uniform(35, 60), 0, 255)
         return [tuple(map(int, c)) for c in (shade, accent, shade)], random.choice(["plain", "plain", "bands", "columns", "print"])
 
-    person["top"], person["bottom"] = cloth(ATTRIBUTES["upcolor"], person["upcolor"]), cloth(ATTRIBUTES["downcolor"], person["downcolor"])
-    tone = random.uniform(0.62, 1.0)
-    person["skin"] = (int(238 * tone), int(198 * tone), int(168 * tone))
+    person["top"] = cloth(ATTRIBUTES["upcolor"], person["upcolor"])
+    person["bottom"] = cloth(ATTRIBUTES["downcolor"], person["downcolor"])
+    person["skin"] = darker((238, 198, 168), random.uniform(0.62, 1.0))
     hair = [(32, 26, 24), (64, 44, 32), (112, 76, 44), (148, 110, 64)][random.choice(4, p=[0.5, 0.25, 0.15, 0.1])]
     person["hair_colour"] = (214, 214, 212) if person["age"] == 3 else hair
     for item in ("shoes", "hat_colour", "bag_colour", "pack_colour", "handbag_colour"):
-        person[item] = tuple(int(v) for v in np.array(list(RGB.values())[random.randint(10)]) * 0.85)
+        person[item] = darker(list(RGB.values())[random.randint(10)], 0.85)
     person["build"] = random.uniform(0.90, 1.10) * (0.92, 0.92, 1.14, 1.04)[person["age"]]
     person["height"] = random.uniform(0.97, 1.03) * (0.70, 0.97, 1.0, 0.92)[person["age"]]
     return person
 
 
+class Brush:
+    """Pillow's pen in a person's coordinates: x from the middle to the right, y from the feet up, 110 to a tall figure."""
+
+    def __init__(self, image, middle=0.0, feet=0.0, unit=1.0):
+        self.pen, self.middle, self.feet, self.unit = ImageDraw.Draw(image), middle, feet, unit
+
+    def at(self, *points):
+        return [(SCALE * (self.middle + x * self.unit), SCALE * (self.feet - y * self.unit)) for x, y in points]
+
+    def box(self, x0, y0, x1, y1, colour, corner=0.0):
+        self.pen.rounded_rectangle(self.at((min(x0, x1), max(y0, y1)), (max(x0, x1), min(y0, y1))), corner * self.unit * SCALE, colour)
+
+    def dot(self, x, y, rx, ry, colour):
+        self.pen.ellipse(self.at((x - rx, y + ry), (x + rx, y - ry)), colour)
+
+    def cap(self, x, y, rx, ry, start, colour):
+        self.pen.chord(self.at((x - rx, y + ry), (x + rx, y - ry)), start, 540 - start, colour)
+
+    def shape(self, points, colour):
+        self.pen.polygon(self.at(*points), colour)
+
+    def limb(self, points, thick, colour):
+        self.pen.line(self.at(*points), colour, round(thick * self.unit * SCALE), joint="curve")
+        for x, y in points:
+            self.dot(x, y, thick / 2, thick / 2, colour)
+
+
 def draw_crop(person, camera, random, poor=False):
     """Draw a person as one camera sees them: a 64x128 image; poor: as a bad detection would cut it out."""
     wall, ground, horizon, light, blur, zoom = CAMERAS[camera - 1]
-    s, width, height = 3, 64, 128  # drawn three times as large, then reduced
-    picture = Image.new("RGB", (width * s, height * s), wall)
-    pen = ImageDraw.Draw(picture)
-    box = lambda pen, x0, y0, x1, y1, colour, round_=0.0: pen.rounded_rectangle(
-        [min(x0, x1) * s, y0 * s, max(x0, x1) * s, y1 * s], round_ * s, colour)
-    dot = lambda pen, x, y, rx, ry, colour: pen.ellipse([(x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s], colour)
-    shape = lambda pen, points, colour: pen.polygon([(x * s, y * s) for x, y in points], colour)
+    picture = Image.new("RGB", (64 * SCALE, 128 * SCALE), wall)
+    place = Brush(picture, 0, 128)  # y from the lower edge up
+    horizon = 128 - horizon
+    place.box(0, 0, 64, horizon, ground)
+    shift = random.randint(0, 24)
+    for x in range(-24, 80, 24 if camera % 2 else 16):  # windows, trunks or pillars, and joints in the ground
+        top = 129 if camera % 3 else horizon + 26
+        place.box(x + shift, horizon, x + shift + (5 if camera % 2 else 9), top, darker(wall, 0.86))
+        place.pen.line(place.at((x + shift, horizon), (x * 1.8 + shift - 20, 0)), darker(ground, 0.92), SCALE)
 
-    def limb(pen, points, thick, colour):
-        pen.line([(x * s, y * s) for x, y in points], colour, round(thick * s), joint="curve")
-        for x, y in points:
-            dot(pen, x, y, thick / 2, thick / 2, colour)
-
-    box(pen, 0, horizon, 64, 128, ground)
-    offset, darker = random.randint(0, 24), tuple(int(v * 0.86) for v in wall)
-    for x in range(-24, 80, 24 if camera % 2 else 16):  # windows, trunks or pillars behind, joints on the ground
-        box(pen, x + offset, -1 if camera % 3 else horizon - 26, x + offset + (5 if camera % 2 else 9), horizon, darker)
-        pen.line([((x + offset) * s, horizon * s), ((x * 1.8 + offset - 20) * s, 128 * s)], tuple(int(v * 0.92) for v in ground), s)
-
-    u = person["height"] * zoom * random.uniform(0.96, 1.03)
-    x, foot = 32 + random.uniform(-3, 3), 121 + random.uniform(-2, 3)
+    unit, middle, feet = person["height"] * zoom * random.uniform(0.96, 1.03), 32 + random.uniform(-3, 3), 121 + random.uniform(-2, 3)
     if poor:
-        u, x, foot = u * random.uniform(1.1, 1.5), x + random.choice([-1, 1]) * random.uniform(16, 30), foot + random.uniform(-40, 50)
-    b, back, stride, swing = person["build"] * u, random.rand() < 0.45, random.uniform(1, 7) * u, random.uniform(-4, 4) * u
-    old, female = person["age"] == 3, person["gender"] == 1
-    y = lambda v: foot - v * u  # v: height above the ground, of a figure 110 high
-    lean = 4 * u if old else 0
-    shoulder, waist, hip = (10.0 if female else 12.6) * b, (7.4 if female else 9.6) * b, (9.6 if female else 9.2) * b
-    side = 1 if random.rand() < 0.5 else -1
+        unit *= random.uniform(1.1, 1.5)
+        middle += random.choice([-1, 1]) * random.uniform(16, 30)
+        feet += random.uniform(-40, 50)
+    brush = Brush(picture, middle, feet, unit)
+    back, stride, swing, side = random.rand() < 0.45, random.uniform(1, 7), random.uniform(-4, 4), random.choice([-1, 1])
+    old, female, wide = person["age"] == 3, person["gender"] == 1, person["build"]
+    shoulder, waist, hip = (v * wide for v in ((10.0, 7.4, 9.6) if female else (12.6, 9.6, 9.2)))
+    lean, hair, skin = 4 * old, person["hair_colour"], person["skin"]
 
-    def dress(mask, cloth):
-        """Fill what `mask` covers with a garment's colours and pattern."""
+    def garment(cloth, cut):
+        """Lay a cloth, its colours in its pattern, over what cut(brush) draws."""
         (first, second, third), pattern = cloth
-        fabric = Image.new("RGB", picture.size, first)
-        brush = ImageDraw.Draw(fabric)
-        for k in range(0, 128, 8):
+        mask, fabric = Image.new("L", picture.size, 0), Image.new("RGB", picture.size, first)
+        cut(Brush(mask, middle, feet, unit))
+        weave = Brush(fabric, middle, feet, unit)
+        for k in range(0, 136, 8):
             if pattern == "bands":
-                box(brush, 0, foot - k, 64, foot - k + 3, second)
+                weave.box(-64, k, 64, k + 3, second)
             elif pattern == "columns":
-                box(brush, x + k - 64, 0, x + k - 61, 128, second)
+                weave.box(k - 64, -20, k - 61, 140, second)
             elif pattern == "blocks":
-                box(brush, 0, foot - k, 64, foot - k + 8, (first, second, third)[k // 8 % 3])
+                weave.box(-64, k, 64, k + 8, (first, second, third)[k // 8 % 3])
         if pattern == "print":
-            dot(brush, x, y(76), 5 * b, 6 * u, second)
-            box(brush, 0, y(38), 64, y(34), second)
+            weave.dot(0, 76, 5 * wide, 6, second)
+            weave.box(-64, 34, 64, 38, second)
         picture.paste(fabric, mask=mask)
 
-    def layer():
-        mask = Image.new("L", picture.size, 0)
-        return mask, ImageDraw.Draw(mask)
-
-    dot(pen, x, foot + 1, 15 * b, 2.4, tuple(int(v * 0.72) for v in ground))  # shadow
-    hair = person["hair_colour"]
+    brush.dot(0, -1, 15 * wide, 2.4, darker(ground, 0.72))  # shadow
     if person["hair"] and not back:
-        box(pen, x + lean - 8.4 * u, y(108), x + lean + 8.4 * u, y(80), hair, 6 * u)
+        brush.box(lean - 8.4, 80, lean + 8.4, 108, hair, 6)
     if person["backpack"] and not back:
-        box(pen, x - shoulder - 1.5 * u, y(88), x + shoulder + 1.5 * u, y(60), person["pack_colour"], 4 * u)
-    legs = [[(x - 4.6 * b, y(54)), (x - 5 * b - stride * 0.5, y(28)), (x - 5 * b - stride, y(4))],
-            [(x + 4.6 * b, y(54)), (x + 5 * b + stride * 0.4, y(28)), (x + 5 * b + stride * 0.8, y(4))]]
+        brush.box(-shoulder - 1.5, 60, shoulder + 1.5, 88, person["pack_colour"], 4)
+
+    legs = [[(k * 4.6 * wide, 54), (k * (5 * wide + stride * bend), 28), (k * (5 * wide + stride * reach), 4)]
+            for k, bend, reach in ((-1, 0.5, 1.0), (1, 0.4, 0.8))]
     for leg in legs:
-        limb(pen, leg, 6.4 * b, person["skin"])
-        dot(pen, leg[-1][0] + 1.2 * side * u, y(2.2), 5 * u, 2.9 * u, person["shoes"])
-    mask, brush = layer()
-    end = 8 if person["down"] == 0 else 34
-    if person["clothes"] == 0:
-        shape(brush, [(x - waist, y(62)), (x + waist, y(62)), (x + hip + 7 * u, y(end)), (x - hip - 7 * u, y(end))], 255)
-    else:
+        brush.limb(leg, 6.4 * wide, skin)
+        brush.dot(leg[2][0] + 1.2 * side, 2.2, 5, 2.9, person["shoes"])
+
+    def below(cut):
+        if person["clothes"] == 0:
+            hem = 8 if person["down"] == 0 else 34
+            return cut.shape([(-waist, 62), (waist, 62), (hip + 7, hem), (-hip - 7, hem)], 255)
         for leg in legs:
-            t = 1.0 if person["down"] == 0 else 0.0
-            knee = (leg[1][0] * (1 - t) + leg[2][0] * t, y(7) if t else y(31))
-            limb(brush, [leg[0], leg[1], knee] if t else [leg[0], (leg[1][0], y(33))], 8.6 * b, 255)
-        box(brush, x - hip, y(60), x + hip, y(48), 255, 3 * u)
-    dress(mask, person["bottom"])
+            cut.limb([leg[0], leg[1], (leg[2][0], 7)] if person["down"] == 0 else [leg[0], (leg[1][0], 33)], 8.6 * wide, 255)
+        cut.box(-hip, 48, hip, 60, 255, 3)
+    garment(person["bottom"], below)
 
-    arms = [[(x + k * (shoulder - 1.5 * u), y(85)), (x + k * (shoulder + 3 * u), y(70)), (x + k * (shoulder + 2 * u) + k * swing, y(55))]
-            for k in (-1, 1)]
-    mask, brush = layer()
+    arms = [[(k * (shoulder - 1.5), 85), (k * (shoulder + 3), 70), (k * (shoulder + 2 + swing), 55)] for k in (-1, 1)]
     for arm in arms:
-        limb(pen, arm, 4.8 * u, person["skin"])
-        limb(brush, arm if person["up"] == 0 else [arm[0], (arm[1][0], y(75))], 6.2 * u, 255)
-    dot(pen, x + lean * 0.6, y(91), 3.4 * u, 5 * u, person["skin"])
-    shape(brush, [(x - shoulder * 0.6, y(91)), (x + shoulder * 0.6, y(91)), (x + shoulder, y(86)), (x + waist, y(66)), (x + hip, y(53)),
-                  (x - hip, y(53)), (x - waist, y(66)), (x - shoulder, y(86))], 255)
-    dress(mask, person["top"])
+        brush.limb(arm, 4.8, skin)
+    brush.dot(lean * 0.6, 91, 3.4, 5, skin)
 
-    head = (x + lean, y(101))
-    dot(pen, *head, 6.6 * u, 8.2 * u, person["skin"])
+    def above(cut):
+        for arm in arms:
+            cut.limb(arm if person["up"] == 0 else [arm[0], (arm[1][0], 75)], 6.2, 255)
+        half = [(shoulder * 0.6, 91), (shoulder, 86), (waist, 66), (hip, 53)]
+        cut.shape(half + [(-x, y) for x, y in reversed(half)], 255)
+    garment(person["top"], above)
+
+    brush.dot(lean, 101, 6.6, 8.2, skin)
     if back:
-        dot(pen, head[0], head[1] - 0.8 * u, 7.2 * u, 8.2 * u, hair)
+        brush.dot(lean, 101.8, 7.2, 8.2, hair)
         if person["hair"]:
-            box(pen, head[0] - 7.6 * u, y(104), head[0] + 7.6 * u, y(78), hair, 5 * u)
+            brush.box(lean - 7.6, 78, lean + 7.6, 104, hair, 5)
     else:
-        pen.chord([(head[0] - 7.2 * u) * s, y(111) * s, (head[0] + 7.2 * u) * s, y(95) * s], 175, 365, hair)
+        brush.cap(lean, 103, 7.2, 8, 175, hair)
         for k in (-1, 1):
-            dot(pen, head[0] + k * 2.5 * u + side * 0.8 * u, y(101), 0.9 * u, 1.1 * u, (30, 26, 26))
-        if person["hair"]:
-            for k in (-1, 1):
-                box(pen, head[0] + k * 8 * u, y(104), head[0] + k * 5.2 * u, y(84), hair, 1.2 * u)
+            brush.dot(lean + k * 2.5 + side * 0.8, 101, 0.9, 1.1, (30, 26, 26))
+            if person["hair"]:
+                brush.box(lean + k * 8, 84, lean + k * 5.2, 104, hair, 1.2)
     if person["hat"]:
-        pen.chord([(head[0] - 8 * u) * s, y(115) * s, (head[0] + 8 * u) * s, y(96) * s], 180, 360, person["hat_colour"])
-        box(pen, head[0] - 10 * u, y(106.5), head[0] + 10 * u, y(104), person["hat_colour"], u)
-    if person["backpack"]:
-        if back:
-            box(pen, x - 8.5 * b, y(89), x + 8.5 * b, y(60), person["pack_colour"], 4 * u)
-            box(pen, x - 5.5 * b, y(72), x + 5.5 * b, y(63), tuple(int(v * 0.7) for v in person["pack_colour"]), 2 * u)
-        else:
-            for k in (-1, 1):
-                limb(pen, [(x + k * 7 * b, y(90)), (x + k * 7.4 * b, y(66))], 2.6 * u, person["pack_colour"])
+        brush.cap(lean, 105.5, 8, 9.5, 180, person["hat_colour"])
+        brush.box(lean - 10, 104, lean + 10, 106.5, person["hat_colour"], 1)
+    if person["backpack"] and back:
+        brush.box(-8.5 * wide, 60, 8.5 * wide, 89, person["pack_colour"], 4)
+        brush.box(-5.5 * wide, 63, 5.5 * wide, 72, darker(person["pack_colour"], 0.7), 2)
+    elif person["backpack"]:
+        for k in (-1, 1):
+            brush.limb([(k * 7 * wide, 90), (k * 7.4 * wide, 66)], 2.6, person["pack_colour"])
     if person["bag"]:
-        limb(pen, [(x - side * shoulder * 0.7, y(90)), (x + side * hip, y(56))], 1.8 * u, person["bag_colour"])
-        box(pen, x + side * (hip - 3 * u), y(58), x + side * (hip + 8 * u), y(46), person["bag_colour"], 1.5 * u)
-    hand = arms[0 if side > 0 else 1][-1]
+        brush.limb([(-side * shoulder * 0.7, 90), (side * hip, 56)], 1.8, person["bag_colour"])
+        brush.box(side * (hip - 3), 46, side * (hip + 8), 58, person["bag_colour"], 1.5)
     if person["handbag"]:
-        pen.arc([(hand[0] - 4 * u) * s, (hand[1] - 1 * u) * s, (hand[0] + 4 * u) * s, (hand[1] + 9 * u) * s], 180, 360, person["handbag_colour"], 4)
-        shape(pen, [(hand[0] - 4.5 * u, hand[1] + 4 * u), (hand[0] + 4.5 * u, hand[1] + 4 * u), (hand[0] + 6 * u, hand[1] + 14 * u),
-                    (hand[0] - 6 * u, hand[1] + 14 * u)], person["handbag_colour"])
+        x, y = arms[int(side < 0)][2]
+        brush.pen.arc(brush.at((x - 4, y + 1), (x + 4, y - 9)), 180, 360, person["handbag_colour"], 4)
+        brush.shape([(x - 4.5, y - 4), (x + 4.5, y - 4), (x + 6, y - 14), (x - 6, y - 14)], person["handbag_colour"])
     if old:
-        limb(pen, [(arms[1][-1][0] + 2 * u, y(56)), (arms[1][-1][0] + 4 * u, y(2))], 1.6 * u, (92, 66, 44))
-    if random.rand() < 0.14:  # something in the way: a post, or a passer-by's shoulder
-        colour = tuple(int(v) for v in random.randint(50, 200, 3))
+        brush.limb([(arms[1][2][0] + 2, 56), (arms[1][2][0] + 4, 2)], 1.6, (92, 66, 44))
+    if random.rand() < 0.14:  # something in the way: a post, or a passer-by
+        colour = tuple(random.randint(50, 200, 3).tolist())
         if random.rand() < 0.5:
-            at = random.uniform(4, 60)
-            box(pen, at, 0, at + random.uniform(3, 6), 128, colour)
+            place.box((at := random.uniform(4, 60)), 0, at + random.uniform(3, 6), 128, colour)
         else:
-            at = random.choice([-6, 70])
-            dot(pen, at, random.uniform(70, 110), 17, 46, colour)
+            place.dot(random.choice([-6, 70]), random.uniform(18, 58), 17, 46, colour)
 
-    picture = picture.resize((width, height), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
-    pixels = np.asarray(picture, np.float64) * np.array(light) * random.uniform(0.88, 1.12)
-    pixels += random.normal(0, 4.0, pixels.shape)
+    picture = picture.resize((64, 128), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
+    pixels = np.asarray(picture, np.float64) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def darker(colour, factor):
+    """A colour with each channel times `factor`."""
+    return tuple(int(v * factor) for v in colour)
 
 
 # ------------------------------------------------------------------------------------------- the network and its input
