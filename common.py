@@ -2,8 +2,8 @@
 """What par.py and reid.py share: Market-1501 and its drawn stand-in, augmentation, ResNet18, the training loop.
 
 Data flows one way. Every crop is decoded once into one uint8 tensor that stays on the device; an index tensor says what
-each step trains on (one row per image for attributes, three for a triplet); a step gathers those rows, flips and rotates
-them in one batch, and runs one forward and one backward pass. `fit` is the only training loop of the project.
+each step trains on (one row per image for attributes, three for a triplet); a step gathers those rows, flips and
+rotates them in one batch, and runs one forward and one backward pass. `fit` is the only training loop of the project.
 
 [report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
 """
@@ -79,8 +79,9 @@ def load_market(root, part, size=(128, 64)):
     """
     root, folder = Path(root), Path(root) / PARTS[part]
     if not folder.is_dir():
-        raise UserError(f"{root} has no folder {PARTS[part]}: --data takes the folder that holds {', '.join(PARTS.values())}.")
-    names = sorted(n for n in os.listdir(folder) if not n.startswith(".") and n.lower() not in ("thumbs.db", "desktop.ini"))
+        raise UserError(f"{root} has no folder {PARTS[part]}: --data takes the folder that holds "
+                        f"{', '.join(PARTS.values())}.")
+    names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in ("thumbs.db", "desktop.ini"))
     if not names:
         raise UserError(f"{folder} holds no crops.")
     parsed = [re.match(r"(-1|\d+)_c(\d+).*\.jpe?g$", n, re.IGNORECASE) for n in names]
@@ -96,13 +97,14 @@ def load_market(root, part, size=(128, 64)):
         found = known[row] == ids[:, 0]
         missing = ids[~found & (ids[:, 0] > 0), 0]
         if len(missing):
-            raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
+            raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, "
+                            f"which has crops in {folder.name}.")
         labels[found] = table[order[row[found]]]
     return Market(read_crops([folder / n for n in names], size), ids[:, 0].clone(), ids[:, 1].clone(), labels, names)
 
 
 def read_crops(paths, size):
-    """Decode JPEG files in threads, 512 to a call, which is where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
+    """Decode JPEG files in threads, 512 to a call, where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
 
     def read(start):
@@ -145,7 +147,8 @@ def read_user_images(paths, size):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path} does not exist.")
-        files += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
+        inside = path.rglob("*") if path.is_dir() else [path]
+        files += sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
     read, crops = [], []
     for path in files:
         try:
@@ -159,7 +162,7 @@ def read_user_images(paths, size):
 
 
 def read_annotations(root, half):
-    """Annotations of one half ("train" or "test") -> identities int64 [M], classes int64 [M, 12]; empty if there are none.
+    """Annotations of a half ("train" or "test"): identities int64 [M], classes int64 [M, 12]; empty if there are none.
 
     Two formats, both coded from 1: the course's CSV, a row per identity, and the authors' market_attribute.mat. The
     .mat's two halves hold their fields in different orders, so both formats are read by name.
@@ -200,7 +203,8 @@ def read_annotations(root, half):
                 fits = False
             if not fits:
                 who = "" if name == "id" else f" of identity {np.atleast_1d(columns['id'])[row]}"
-                raise UserError(f"{source}: column '{name}'{who} holds '{value}', not a whole number from 1 to {highest}.")
+                raise UserError(f"{source}: column '{name}'{who} holds '{value}', "
+                                f"not a whole number from 1 to {highest}.")
         return torch.tensor(numbers, dtype=torch.int64)
 
     ids, classes = column("id", 10**9), []
@@ -221,7 +225,7 @@ def split_identities(person_ids, fraction=0.6, seed=0):
     ids = person_ids.unique()
     count = round(fraction * len(ids))
     if count < 2 or len(ids) - count < 2:
-        raise UserError(f"{len(ids)} identities are too few to split: training and validation need two each, so four at least.")
+        raise UserError(f"{len(ids)} identities are too few to split: training and validation need two each.")
     chosen = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]]
     train = torch.isin(person_ids, chosen)
     return train, ~train
@@ -237,8 +241,9 @@ FREQUENCIES = {
     "upcolor": (0.16, 0.26, 0.11, 0.05, 0.06, 0.12, 0.08, 0.08, 0.08),
     "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03),
 }
-RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150), "yellow": (228, 196, 62),
-       "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76), "pink": (232, 142, 170), "brown": (122, 82, 50)}
+RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150),
+       "yellow": (228, 196, 62), "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76),
+       "pink": (232, 142, 170), "brown": (122, 82, 50)}
 SCALE = 3  # people are drawn three times as large and then reduced
 # Six places: wall, ground, horizon, light (gain per channel), blur in pixels, size of the people.
 CAMERAS = (
@@ -269,9 +274,9 @@ def draw_market(root, identities, images_per_identity, seed=0):
     def save(part, person_id, person, camera, number, poor=False):
         nonlocal frame
         frame += 25
-        image = draw_crop(person, camera, random, poor)
-        image.save(root / PARTS[part] / f"{person_id:04d}_c{camera}s1_{frame:06d}_{number:02d}.jpg".replace("-001", "-1"),
-                   quality=int(random.randint(70, 92)))
+        shown = f"{person_id:04d}" if person_id >= 0 else "-1"
+        path = root / PARTS[part] / f"{shown}_c{camera}s1_{frame:06d}_{number:02d}.jpg"
+        draw_crop(person, camera, random, poor).save(path, quality=int(random.randint(70, 92)))
 
     for half, start in (("train", 1), ("test", identities + 1)):
         lines = [",".join(["id", *columns])]
@@ -294,7 +299,8 @@ def draw_market(root, identities, images_per_identity, seed=0):
         (root / f"annotations_{half}.csv").write_text("\n".join(lines) + "\n", newline="\n")
     for k in range(max(2, identities * images_per_identity // 5)):
         save("gallery", 0, draw_identity(random), random.randint(1, 7), 1 + k % 90, poor=k % 3 == 0)
-    (root / DRAWN).write_text(f"Drawn people, not photographs: draw_market({identities}, {images_per_identity}, {seed}).\n")
+    (root / DRAWN).write_text("Drawn people, not photographs: "
+                              f"draw_market({identities}, {images_per_identity}, {seed}).\n", newline="\n")
 
 
 def draw_identity(random):
@@ -310,7 +316,8 @@ def draw_identity(random):
             return [RGB[names[k]] for k in random.permutation(len(names) - 1)[:3]], "blocks"
         shade = np.clip(np.array(RGB[names[which]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3), 0, 255)
         accent = np.clip(shade + random.choice([-1, 1]) * random.uniform(35, 60), 0, 255)
-        return [tuple(map(int, c)) for c in (shade, accent, shade)], random.choice(["plain", "plain", "bands", "columns", "print"])
+        pattern = random.choice(["plain", "plain", "bands", "columns", "print"])
+        return [tuple(map(int, c)) for c in (shade, accent, shade)], pattern
 
     person["top"] = cloth(ATTRIBUTES["upcolor"], person["upcolor"])
     person["bottom"] = cloth(ATTRIBUTES["downcolor"], person["downcolor"])
@@ -325,7 +332,7 @@ def draw_identity(random):
 
 
 class Brush:
-    """Pillow's pen in a person's coordinates: x from the middle to the right, y from the feet up, 110 to a tall figure."""
+    """Pillow's pen in a person's coordinates: x from the middle to the right, y from the feet up, 110 to the head."""
 
     def __init__(self, image, middle=0.0, feet=0.0, unit=1.0):
         self.pen, self.middle, self.feet, self.unit = ImageDraw.Draw(image), middle, feet, unit
@@ -334,7 +341,8 @@ class Brush:
         return [(SCALE * (self.middle + x * self.unit), SCALE * (self.feet - y * self.unit)) for x, y in points]
 
     def box(self, x0, y0, x1, y1, colour, corner=0.0):
-        self.pen.rounded_rectangle(self.at((min(x0, x1), max(y0, y1)), (max(x0, x1), min(y0, y1))), corner * self.unit * SCALE, colour)
+        corners = self.at((min(x0, x1), max(y0, y1)), (max(x0, x1), min(y0, y1)))
+        self.pen.rounded_rectangle(corners, corner * self.unit * SCALE, colour)
 
     def dot(self, x, y, rx, ry, colour):
         self.pen.ellipse(self.at((x - rx, y + ry), (x + rx, y - ry)), colour)
@@ -364,13 +372,15 @@ def draw_crop(person, camera, random, poor=False):
         place.box(x + shift, horizon, x + shift + (5 if camera % 2 else 9), top, darker(wall, 0.86))
         place.pen.line(place.at((x + shift, horizon), (x * 1.8 + shift - 20, 0)), darker(ground, 0.92), SCALE)
 
-    unit, middle, feet = person["height"] * zoom * random.uniform(0.96, 1.03), 32 + random.uniform(-3, 3), 121 + random.uniform(-2, 3)
+    unit = person["height"] * zoom * random.uniform(0.96, 1.03)
+    middle, feet = 32 + random.uniform(-3, 3), 121 + random.uniform(-2, 3)
     if poor:
         unit *= random.uniform(1.1, 1.5)
         middle += random.choice([-1, 1]) * random.uniform(16, 30)
         feet += random.uniform(-40, 50)
     brush = Brush(picture, middle, feet, unit)
-    back, stride, swing, side = random.rand() < 0.45, random.uniform(1, 7), random.uniform(-4, 4), random.choice([-1, 1])
+    back, side = random.rand() < 0.45, random.choice([-1, 1])
+    stride, swing = random.uniform(1, 7), random.uniform(-4, 4)
     old, female, wide = person["age"] == 3, person["gender"] == 1, person["build"]
     shoulder, waist, hip = (v * wide for v in ((10.0, 7.4, 9.6) if female else (12.6, 9.6, 9.2)))
     lean, hair, skin = 4 * old, person["hair_colour"], person["skin"]
@@ -410,7 +420,8 @@ def draw_crop(person, camera, random, poor=False):
             hem = 8 if person["down"] == 0 else 34
             return cut.shape([(-waist, 62), (waist, 62), (hip + 7, hem), (-hip - 7, hem)], 255)
         for leg in legs:
-            cut.limb([leg[0], leg[1], (leg[2][0], 7)] if person["down"] == 0 else [leg[0], (leg[1][0], 33)], 8.6 * wide, 255)
+            trouser = [leg[0], leg[1], (leg[2][0], 7)] if person["down"] == 0 else [leg[0], (leg[1][0], 33)]
+            cut.limb(trouser, 8.6 * wide, 255)
         cut.box(-hip, 48, hip, 60, 255, 3)
     garment(person["bottom"], below)
 
@@ -462,8 +473,10 @@ def draw_crop(person, camera, random, poor=False):
         else:
             place.dot(random.choice([-6, 70]), random.uniform(18, 58), 17, 46, colour)
 
-    picture = picture.resize((64, 128), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
-    pixels = np.asarray(picture, np.float64) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
+    picture = picture.resize((64, 128), Image.Resampling.BOX)
+    picture = picture.filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
+    pixels = np.asarray(picture, np.float64) * np.array(light) * random.uniform(0.88, 1.12)
+    pixels += random.normal(0, 4, pixels.shape)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
@@ -540,17 +553,19 @@ def backbone_weights(choice):
         url = ResNet18_Weights.IMAGENET1K_V1.url
         instead = "pass --weights none to start from random weights, or --weights FILE with a downloaded copy."
         if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]).is_file():
-            # A network that swallows packets can hang a look-up for minutes, so ask in a thread that may be left behind.
+            # A network that swallows packets can hang a look-up for minutes: ask in a thread that may be left behind.
             answer = []
             probe = threading.Thread(target=lambda: answer.append(_probe(url)), daemon=True)
             probe.start()
             probe.join(15)
             if answer != [None]:
-                raise UserError(f"ImageNet weights could not be downloaded from {url} ({(answer or ['no answer'])[0]}): {instead}")
+                raise UserError(f"ImageNet weights could not be downloaded from {url} "
+                                f"({(answer or ['no answer'])[0]}): {instead}")
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(20)  # a transfer that stalls later
         try:
-            return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+            weights = ResNet18_Weights.IMAGENET1K_V1
+            return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"ImageNet weights could not be downloaded from {url} ({error}): {instead}") from None
         finally:
@@ -606,7 +621,8 @@ def infer(model, crops, rows=None):
             outputs.append(out if isinstance(out, list) else [out])
         merged = [torch.cat(parts).float() for parts in zip(*outputs)]
     if not all(out.isfinite().all() for out in merged):
-        raise UserError("The network's output holds NaN or infinity: its training has diverged. Train again with a lower --lr.")
+        raise UserError("The network's output holds NaN or infinity: its training has diverged. "
+                        "Train again with a lower --lr.")
     return merged if isinstance(out, list) else merged[0]
 
 
@@ -614,7 +630,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
 
     crops       uint8 [N, 3, H, W] on the device
-    plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` a step's items consist of
+    plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` that make an item
     criterion   (outputs of the model for k x B crops, int64 rows [B] or [B, k]) -> scalar loss
     validate    () -> dict of figures; the first decides which epoch is best and when to stop early
     checkpoint  what the file args.out says beside the model's weights
@@ -633,9 +649,11 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     best, first, start, spent = None, 1, time.perf_counter(), 0.0
     if args.resume and last_path(out).exists():
         last = load_checkpoint(last_path(out), checkpoint["kind"])
-        changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k) and k not in ("resume", "device", "out")]
+        changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
+        changed = [k for k in changed if k not in ("resume", "device", "out")]
         if changed:
-            raise UserError(f"{last_path(out)} is of a run with another --{changed[0]}: resume with the arguments it had.")
+            raise UserError(f"{last_path(out)} is of a run with another --{changed[0]}: "
+                            "resume with the arguments it had.")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         generator.set_state(last["generator"])
@@ -679,13 +697,15 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
                 if not done.isfinite().all():
                     bad = int(done.isfinite().int().argmin())
                     kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
-                    raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. Try a lower --lr.")
+                    raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. "
+                                    "Try a lower --lr.")
                 shown = time.perf_counter()
                 speed = (step + 1) * batch * width / (shown - begin)
                 left = ((args.epochs - epoch + 1) * steps - step - 1) * batch * width / speed
                 progress(f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {done.mean().item():.4f}  "
                          f"{speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
-        row = dict(epoch=epoch, loss=losses.mean().item(), lr=lr, seconds=round(shown - begin, 3), images_per_second=round(speed, 1))
+        row = {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
+               "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
         progress(f"epoch {epoch}/{args.epochs}  validating")
         figures = validate()
         row.update(figures)
@@ -697,12 +717,13 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
                 os.replace(out, out.with_suffix(".old.pt"))  # an earlier run's best is not lost
             best = row
             save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
-        record["seconds"]["training and validation"] = round(spent + time.perf_counter() - start, 1)
+        seconds = spent + time.perf_counter() - start
+        record["seconds"]["training and validation"] = round(seconds, 1)
         write_record(out, record)
         save_checkpoint(last_path(out), dict(
             checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
             rng=torch.get_rng_state(), device_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent + time.perf_counter() - start))
+            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=seconds))
         progress("")
         print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
               + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
@@ -717,7 +738,7 @@ def flat(tensor):
 
 
 def keep_memory():
-    """Have glibc keep freed blocks for the next step: else each is mapped and zeroed anew, a seventh of a step's time."""
+    """Have glibc keep freed blocks for the next step: else each is mapped and zeroed anew, a seventh of a step."""
     if sys.platform == "linux":
         try:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -808,8 +829,9 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
     checkpoint = torch_load(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") or checkpoint.get("version") != 1 \
-            or not {"model", "args", "train_ids", "validation_ids"} <= set(checkpoint):
+    needed = {"model", "args", "train_ids", "validation_ids"}
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") \
+            or checkpoint.get("version") != 1 or not needed <= set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
@@ -821,7 +843,7 @@ def load_weights(model, state, path):
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        raise UserError(f"The weights in {path} do not fit the network: another version of this project made it.") from None
+        raise UserError(f"The weights in {path} do not fit the network of this version of the project.") from None
     return model
 
 
@@ -829,7 +851,8 @@ def saved_split(checkpoint, person_ids, path):
     """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
     train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
     if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
-        raise UserError(f"{path} was trained on other identities than this data set's: pass the --data it was trained on.")
+        raise UserError(f"{path} was trained on other identities than this data set's: "
+                        "pass the --data it was trained on.")
     return torch.isin(person_ids, train), torch.isin(person_ids, validation)
 
 
@@ -863,23 +886,22 @@ def image_size(text):
 
 def shared_flags(parser, epochs, lr, out):
     """Add the flags that both scripts have; defaults are the report's."""
-    group = parser.add_argument_group("data, training and output")
-    group.add_argument("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: "
-                       "./Market-1501-v15.09.15; where that is not, a drawn demo set)")
-    group.add_argument("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, their own; "
-                       "with a checkpoint, its own)")
-    group.add_argument("--weights", metavar="W", help="to start from: imagenet, none, or a FILE with torchvision's ResNet18 "
-                       "(imagenet; none for the demo set)")
-    group.add_argument("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
-    group.add_argument("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
-    group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the "
-                       "rate rises; then it falls to 0 (0.1, report section 4)")
-    group.add_argument("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
-    group.add_argument("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
-    group.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint; its record is .json beside it ({out})")
-    group.add_argument("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
+    add = parser.add_argument_group("data, training and output").add_argument
+    add("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: ./Market-1501-v15.09.15; where that "
+        "is not, a drawn demo set)")
+    add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
+    add("--weights", metavar="W", help="to start from: imagenet, none, or a FILE of torchvision's ResNet18 (imagenet; "
+        "none for the demo set)")
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
+    add("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
+    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the rate "
+        "rises; then it falls to 0 (0.1, report section 4)")
+    add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
+    add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
+    add("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint, record and curves beside it ({out})")
+    add("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
 
 
 def start(args, path=None, checkpoint=None, data=True):
@@ -889,7 +911,8 @@ def start(args, path=None, checkpoint=None, data=True):
     """
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
-        raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: pass --device {best}.")
+        raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: "
+                        f"pass --device {best}.")
     device = torch.device(best if args.device == "auto" else args.device)
     args.device = device.type
     keep_memory()
@@ -911,7 +934,8 @@ def start(args, path=None, checkpoint=None, data=True):
     args.demo = (args.data / DRAWN).is_file()
     args.weights = args.weights or ("none" if args.demo else "imagenet")
     if args.demo:
-        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. README says how to get that.")
+        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. "
+              "README says how to get that.")
     print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
           f"{args.size[0]}x{args.size[1]} | weights {path or args.weights} | seed {args.seed}", flush=True)
     return device
@@ -919,10 +943,12 @@ def start(args, path=None, checkpoint=None, data=True):
 
 def new_record(args):
     """What a record says before the first epoch."""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "torchvision": str(torchvision.__version__)}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
-            "machine": f"{platform.platform()}, {os.cpu_count()} cores", "precision": precision(torch.device(args.device)),
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+            "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
             "epochs": [], "final": {}, "seconds": {}}
 
 
@@ -1004,8 +1030,13 @@ def charts(path, panels, columns=1, size=(560, 330)):
         (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
         x_ticks, y_ticks = ticks(min(map(min, xs)), max(map(max, xs))), ticks(min(map(min, ys)), max(map(max, ys)))
         low, high = min(map(min, xs)), max(max(map(max, xs)), min(map(min, xs)) + 1e-9)
-        at_x = lambda v: x0 + (x1 - x0) * (v - low) / (high - low)
-        at_y = lambda v: y0 + (y1 - y0) * (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+
+        def at_x(v):
+            return x0 + (x1 - x0) * (v - low) / (high - low)
+
+        def at_y(v):
+            return y0 + (y1 - y0) * (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+
         for v in y_ticks:
             line([(x0, at_y(v)), (x1, at_y(v))], "#e4e4e4", 1)
             text(x0 - 6, at_y(v), f"{v:g}", "rm", 12)
@@ -1044,7 +1075,8 @@ def sheet(path, rows, height=256):
         for k, (crop, lines) in enumerate(row):
             x, y = 10 + k * (width + 10), 10 + i * (tall + 10)
             image = Image.fromarray(crop.permute(1, 2, 0).numpy())
-            picture.paste(image.resize((round(height * image.width / image.height), height), Image.Resampling.BICUBIC), (x, y))
+            wide = round(height * image.width / image.height)
+            picture.paste(image.resize((wide, height), Image.Resampling.BICUBIC), (x, y))
             for j, line in enumerate(lines):
                 while pen.textlength(line, font) > width:
                     line = line[:-2] + "\u2026"
@@ -1066,5 +1098,6 @@ def curves(path, record, title):
     rows = record["epochs"]
     x = [row["epoch"] for row in rows]
     figures = {k: (x, [100 * row[k] for row in rows]) for k in record["metrics"]}
-    charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": {"training": (x, [r["loss"] for r in rows])}},
+    loss = {"training": (x, [row["loss"] for row in rows])}
+    charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": loss},
                   {"title": f"{title}: validation", "x": "epoch", "y": "%", "lines": figures}], columns=2)

@@ -80,10 +80,10 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
 
 
 def score(predicted, labels):
-    """Accuracy and macro F1 of each attribute: int64 [N, 12] twice, -1 unlabelled -> (accuracy [12], f1 [12]), fractions.
+    """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12], f1 [12]).
 
-    Macro F1 is the mean over the classes that occur in truth or prediction, scikit-learn's definition. NaN for an
-    attribute without a label.
+    Macro F1 is the mean over the classes that occur in truth or prediction, scikit-learn's definition. Labels of -1
+    do not count; NaN for an attribute without a label.
     """
     accuracy, f1 = [], []
     for k, names in enumerate(ATTRIBUTES.values()):
@@ -142,8 +142,8 @@ def train(args, market, split, crops, state):
 
 def figures(accuracy, f1):
     """What a record says of a score: percentages by attribute and their mean, Global."""
-    return {name: {k: round(100 * v, 2) for k, v in zip([*ATTRIBUTES, "global"], [*values.tolist(), values.mean().item()])}
-            for name, values in (("accuracy", accuracy), ("f1", f1))}
+    return {name: {k: round(100 * v, 2) for k, v in zip(ATTRIBUTES, values.tolist())} | {
+        "global": round(100 * values.mean().item(), 2)} for name, values in (("accuracy", accuracy), ("f1", f1))}
 
 
 def commonest(labels, reference):
@@ -210,21 +210,21 @@ def statistics(args):
     pairs = {f"{a}: {list(share)[1]}": list(share.values())[1] for a, share in shares.items() if len(share) == 2}
     path = args.out.with_name("par_stats.png")
     common.charts(path, [{"title": title, "bars": bars} for title, bars in (
-        ("Figure 4: age", shares["age"]), ("Two-class attributes", pairs),
-        ("Upper-body colour", shares["upcolor"]), ("Lower-body colour", shares["downcolor"]))], columns=2, size=(500, 320))
+        ("Figure 4: age", shares["age"]), ("Two-class attributes", pairs), ("Upper-body colour", shares["upcolor"]),
+        ("Lower-body colour", shares["downcolor"]))], columns=2, size=(500, 320))
     print(f"Figure 4: {path}")
 
 
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("stage 1")
-    group.add_argument("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
-                       "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
-    group.add_argument("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of the focal losses (2, Lin et al. 2018)")
-    group.add_argument("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
-    group.add_argument("--eval", type=Path, metavar="FILE", help="checkpoint of par.py to score instead of training")
-    group.add_argument("--predict", type=Path, nargs="+", metavar="PATH", help="with --eval: attributes of these images and folders, as CSV")
-    group.add_argument("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
+    add = parser.add_argument_group("stage 1").add_argument
+    add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
+        "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
+    add("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of focal losses (2, Lin et al. 2018)")
+    add("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
+    add("--eval", type=Path, metavar="FILE", help="checkpoint of par.py to score instead of training")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="with --eval: attributes of images and folders, as CSV")
+    add("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
     common.shared_flags(parser, 15, 3e-4, "par_best.pt")
     args = parser.parse_args()
     if args.predict and not args.eval:
@@ -248,10 +248,11 @@ def main():
         return show_one(f"{args.out} on validation (%)", *train(args, market, split, crops, state), truth, reference)
     scores = {}
     for kind, name in LOSSES.items():
-        settings = argparse.Namespace(**vars(args) | {"loss": kind, "out": args.out.with_stem(f"{args.out.stem}_{kind}")})
+        out = args.out.with_stem(f"{args.out.stem}_{kind}")
+        settings = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
         scores[name] = train(settings, market, split, crops, state)
-    for k, title in enumerate(("Table 2: accuracy (%) for the losses, validation", "Table 3: macro F1 (%) for the losses, validation")):
-        show(title, {name: score[k] for name, score in scores.items()}, best=max)
+    for k, title in enumerate(("Table 2: accuracy", "Table 3: macro F1")):
+        show(f"{title} (%) on validation", {name: score[k] for name, score in scores.items()}, best=max)
     show("Naming the commonest class (%)", dict(zip(("accuracy", "F1"), commonest(truth, reference))))
 
 

@@ -46,7 +46,8 @@ def cluster_histograms(images, clusters, seed=0):
     for part in images.split(512):
         red, green, blue = (part[:, channel].flatten(1).int() >> 5 for channel in range(3))
         row = torch.arange(len(part), dtype=torch.int32, device=part.device)[:, None]
-        histograms.append(torch.bincount((row << 9 | red << 6 | green << 3 | blue).flatten(), minlength=512 * len(part)))
+        codes = row << 9 | red << 6 | green << 3 | blue
+        histograms.append(torch.bincount(codes.flatten(), minlength=512 * len(part)))
     histograms = torch.cat(histograms).view(-1, 512)
     points = (histograms / histograms.sum(1, keepdim=True)).sqrt()
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +73,7 @@ def cluster_histograms(images, clusters, seed=0):
 
 
 def sample_triplets(person_ids, clusters, generator=None):
-    """One triplet for each image as anchor, shuffled: int64 [N] twice -> int64 [N, 3], rows (anchor, positive, negative).
+    """One triplet for each image as anchor, shuffled: int64 [N] twice -> int64 [N, 3]: anchor, positive, negative.
 
     The positive is another image of the anchor's identity, the negative another identity's image from the anchor's
     cluster; from anywhere where that cluster holds a single identity. Images that are the only one of their identity
@@ -95,7 +96,7 @@ def sample_triplets(person_ids, clusters, generator=None):
 
     # In `by_group`, sorted by cluster and then identity, what must not be drawn is again one block: jump over it.
     group = clusters * len(size) + ids
-    by_group, group_size = group.argsort(stable=True), torch.bincount(group, minlength=len(size) * (int(clusters.max()) + 1))
+    by_group, group_size = group.argsort(stable=True), group.bincount()
     group_first = (group_size.cumsum(0) - group_size)[group]
     cluster_size = clusters.bincount()
     cluster_first = (cluster_size.cumsum(0) - cluster_size)[clusters]
@@ -127,7 +128,7 @@ class EmbeddingNet(nn.Module):
 
 
 def triplet_loss(anchor, positive, negative, margin):
-    """Mean over the triplets of [|a - p|^2 - |a - n|^2 + margin]_+ ([report] section 3.2.1): [B, D] three times -> scalar."""
+    """Mean over triplets of [|a - p|^2 - |a - n|^2 + margin]_+ ([report] section 3.2.1): [B, D] each -> scalar."""
     nearer, farther = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
     return F.relu(nearer - farther + margin).mean()
 
@@ -172,7 +173,7 @@ def chunk_rows(columns):
 def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
     """`rank_metrics` for a few queries: dict of float64 tensors [scored queries]."""
     if distances.isnan().any():
-        raise UserError("The embeddings hold NaN: the network that made them has diverged. Train again with a lower --lr.")
+        raise UserError("Distances are NaN: the network that made the embeddings diverged. Train with a lower --lr.")
     match = gallery_ids == query_ids[:, None]
     part = (gallery_ids != -1) & ~distances.isinf()
     if cross_camera:
@@ -185,7 +186,7 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     ranked = distances.masked_fill(~part, torch.inf)
     # NumPy sorts floats several times faster than torch on a CPU. Only values are sorted; ranks come from searching
     # for the few matches among them, ties from counting.
-    ordered = ranked.sort(1)[0] if ranked.is_cuda else torch.from_numpy(np.sort(ranked.cpu().numpy(), 1)).to(ranked.device)
+    ordered = ranked.sort(1)[0] if ranked.is_cuda else torch.from_numpy(np.sort(ranked.numpy(), 1))
     rows, columns = match.nonzero(as_tuple=True)
     found = match.sum(1)
     place = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]
@@ -199,7 +200,7 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
         before[r, place[t]] += ((ranked[r] == ranked[r, c][:, None]) & (index < c[:, None])).sum(1)
 
     exists = torch.arange(values.shape[1], device=rows.device) < found[:, None]
-    rank = torch.where(exists, before + 1, torch.iinfo(torch.int64).max).sort(1)[0].double()  # [C, M], nearest match first
+    rank = torch.where(exists, before + 1, torch.iinfo(torch.int64).max).sort(1)[0].double()  # [C, M], nearest first
     hits = torch.arange(1, values.shape[1] + 1, device=rows.device).double()
     at = torch.where(exists, hits / rank, 0)
     just_before = torch.where(exists, torch.where(rank > 1, (hits - 1) / (rank - 1).clamp(min=1), 1), 0)
@@ -208,7 +209,8 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     stats = {"mAP": at.sum(1) / total, "mAP_trapezoid": (at + just_before).sum(1) / 2 / total,
              **{f"rank{k}": (rank[:, 0] <= k).double() for k in (1, 5, 10)},
              "mINP": torch.where(found == total, total / last, 0),
-             "length": length.double(), "precision": found / length.clamp(min=1).double(), "recall": found / total.double()}
+             "length": length.double(), "precision": found / length.clamp(min=1).double(),
+             "recall": found / total.double()}
     return {k: v[total > 0] for k, v in stats.items()}
 
 
@@ -240,12 +242,13 @@ def mean_distance(query, gallery):
 
 
 def distance_histograms(query, gallery, bins=100):
-    """Of all pairs and of matches, one identity in two cameras: (bin edges [bins + 1], pairs [bins], matches [bins])."""
+    """Of all pairs and of matches (one identity, two cameras): bin edges [bins + 1], pairs [bins], matches [bins]."""
     top = max(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery))
     counts = torch.zeros(2, bins, dtype=torch.float64)
     for rows, distances in distance_chunks(query, gallery):
         match = (gallery.ids == query.ids[rows, None]) & (gallery.cameras != query.cameras[rows, None])
-        counts += torch.stack([torch.histc(d, bins, 0, top).cpu() for d in (distances[distances.isfinite()], distances[match])])
+        both = distances[distances.isfinite()], distances[match]
+        counts += torch.stack([torch.histc(d, bins, 0, top).cpu() for d in both])
     return torch.linspace(0, top, bins + 1, dtype=torch.float64), *counts
 
 
@@ -259,21 +262,21 @@ def score_selections(query, gallery, selections, cross_camera):
     for rows, distances in distance_chunks(query, gallery):
         differ = None if gallery.attributes is None else differing(query.attributes[rows], gallery.attributes)
         for name, select in selections.items():
-            parts[name].append(rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids, gallery.cameras,
-                                            select(distances, differ), cross_camera))
+            parts[name].append(rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids,
+                                            gallery.cameras, select(distances, differ), cross_camera))
     return {name: mean_metrics(part) for name, part in parts.items()}
 
 
 def differing(query, gallery):
     """Number of predicted attributes that differ, 0 to 12: int64 [Q, 12], [G, 12] -> [Q, G], one matrix product."""
-    hot = [torch.cat([F.one_hot(side[:, k], len(names)) for k, names in enumerate(common.ATTRIBUTES.values())], 1).float()
-           for side in (query, gallery)]
-    return len(common.ATTRIBUTES) - hot[0] @ hot[1].T
+    sizes = [len(names) for names in common.ATTRIBUTES.values()]
+    hot = [torch.cat([F.one_hot(side[:, k], n) for k, n in enumerate(sizes)], 1).float() for side in (query, gallery)]
+    return len(sizes) - hot[0] @ hot[1].T
 
 
 def selections(threshold, hamming):
-    """The report's ways to select what is returned (section 4.2.1): nearer than `threshold`; at most `hamming` of the 12
-    predicted attributes differing, if there are predictions (`hamming` is not None); both."""
+    """The report's ways to select what is returned (section 4.2.1): what is nearer than `threshold`; what differs in at
+    most `hamming` of the 12 predicted attributes, if there are predictions (`hamming` is not None); both."""
     chosen = {"none": lambda distances, differ: None, "threshold": lambda distances, differ: distances < threshold}
     if hamming is not None:
         chosen["hamming"] = lambda distances, differ: differ <= hamming
@@ -292,7 +295,7 @@ def tune_hamming(query, gallery):
 
 
 def embed(model, attribute_net, crops, ids, cameras, rows=None):
-    """Embed crops[rows], and predict their attributes if there is a stage-1 network: -> Crops, on the CPU or CUDA device."""
+    """Embed crops[rows], and predict their attributes if there is a stage-1 network: -> Crops, on the CPU or CUDA."""
     features = common.infer(model, crops, rows)
     device = features.device if features.is_cuda else torch.device("cpu")  # ranking takes float64, which MPS has not
     features = features.to(device)
@@ -329,14 +332,16 @@ def train(args, initial, market, split, crops, state):
         across, report = (score_selections(here, here, every, cross)["none"] for cross in (True, False))
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
 
-    record = common.new_record(args) | {"transfer": bool(initial), "images": {"train": len(pool), "validation": len(validation)}}
+    record = common.new_record(args) | {"transfer": bool(initial),
+                                        "images": {"train": len(pool), "validation": len(validation)}}
     record["seconds"]["clustering"] = round(clustering, 2)
     checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique(),
                   "attributes": initial and initial["model"]}
     start = "stage 1" if initial else f"weights {args.weights}"
-    negatives = "any negatives" if args.negatives == "random" else f"negatives from {int(clusters.max()) + 1} clusters ({clustering:.1f} s)"
-    print(f"\nFrom {start}: {len(pool)} anchors, {negatives}; {len(validation)} validation crops, each a query")
+    print(f"\nFrom {start}: {len(pool)} anchors, negatives from "
+          + ("anywhere" if args.negatives == "random" else f"{int(clusters.max()) + 1} clusters ({clustering:.1f} s)")
+          + f"; {len(validation)} validation crops, each a query")
     best = common.fit(model, crops, plan, lambda features, rows: triplet_loss(*features.float().chunk(3), args.margin),
                       validate, args, checkpoint, record)
 
@@ -350,9 +355,9 @@ def train(args, initial, market, split, crops, state):
 
 
 def report(args, query, gallery, title, hamming=None, protocols=("all cameras", "across cameras")):
-    """Print a table of every selection for each protocol: -> (dict of protocol -> selection -> metrics, Hamming parameter).
+    """Print a table of every selection for each protocol: -> (protocol -> selection -> metrics, Hamming parameter).
 
-    The Hamming parameter is --hamming, else the given one, else tuned on these crops; None without predicted attributes.
+    The parameter is --hamming, else the given one, else tuned on these crops; None without predicted attributes.
     """
     threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
     if gallery.attributes is None:
@@ -361,18 +366,19 @@ def report(args, query, gallery, title, hamming=None, protocols=("all cameras", 
         hamming = args.hamming
     elif hamming is None:
         hamming = tune_hamming(query, gallery)
-    results = {}
+    results, chosen = {}, selections(threshold, hamming)
+    names = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
+             "mINP": "mINP", "precision": "precision", "recall": "recall"}
     for protocol in protocols:
-        results[protocol] = scores = score_selections(query, gallery, selections(threshold, hamming), protocol == "across cameras")
-        names = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
-                 "mINP": "mINP", "precision": "precision", "recall": "recall"}
+        results[protocol] = scores = score_selections(query, gallery, chosen, protocol == "across cameras")
         rows = [[name] + [100 * m[k] for k in names] + [f"{m['length']:.1f}"] for name, m in scores.items()]
-        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)", ["selection", *names.values(), "length"], rows)
+        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)",
+                     ["selection", *names.values(), "length"], rows)
     print(f"threshold: distance < {threshold:.3f}" + (" (the mean of all pairs)" if args.threshold == "mean" else "")
           + (f"; hamming: at most {hamming} of 12 predicted attributes differ" if hamming is not None else
              "; no Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
-    print("mAP: a match that is not returned counts as precision 0, so that a threshold can only lower it; what it buys is\n"
-          "the precision of the returned lists, whose mean length, precision and recall stand to the right.")
+    print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it buys\n"
+          "is the precision of the returned lists, which stands to the right with their recall and mean length.")
     return results, hamming
 
 
@@ -383,8 +389,9 @@ def figure_3(args, path, query, gallery):
     lines = {name: (centres, (counts / counts.sum() / width).tolist())
              for name, counts in (("all pairs", pairs), ("matches, across cameras", matches))}
     threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
-    common.charts(path, [{"title": "Figure 3: distances between validation crops", "x": "Euclidean distance between embeddings",
-                          "y": "density", "lines": lines, "marks": {f"threshold {threshold:.2f}": threshold}}])
+    common.charts(path, [{
+        "title": "Figure 3: distances between validation crops", "x": "Euclidean distance between embeddings",
+        "y": "density", "lines": lines, "marks": {f"threshold {threshold:.2f}": threshold}}])
 
 
 def load(args, checkpoint):
@@ -406,14 +413,10 @@ def evaluate(args, checkpoint):
     _, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
     query, gallery = (embed(model, attribute_net, part.images, part.person_ids, part.camera_ids)
                       for part in (common.load_market(args.data, name, args.size) for name in ("query", "gallery")))
-    gallery = without_junk(gallery)
-    report(args, query, gallery, f"{args.eval}, official test set, {len(gallery.ids)} gallery crops", hamming, ("across cameras",))
-
-
-def without_junk(crops):
-    """Leave out junk detections (id -1), which take no part in anything."""
-    real = crops.ids != -1
-    return Crops(*(None if v is None else v[real] for v in (crops.features, crops.ids, crops.cameras, crops.attributes)))
+    real = gallery.ids != -1  # junk takes no part in anything, the threshold's mean included
+    gallery = Crops(*(v if v is None else v[real] for v in vars(gallery).values()))
+    title = f"{args.eval}, official test set, {len(gallery.ids)} gallery crops"
+    report(args, query, gallery, title, hamming, ("across cameras",))
 
 
 def export(args, checkpoint):
@@ -423,8 +426,8 @@ def export(args, checkpoint):
     arrays = {}
     for name in ("query", "gallery"):
         part = common.load_market(args.data, name, args.size)
-        arrays |= {f"{name}_features": common.infer(model, part.images).cpu().numpy(), f"{name}_ids": part.person_ids.numpy(),
-                   f"{name}_cameras": part.camera_ids.numpy(), f"{name}_names": np.array(part.names)}
+        values = common.infer(model, part.images).cpu(), part.person_ids, part.camera_ids, part.names
+        arrays |= {f"{name}_{k}": np.asarray(v) for k, v in zip(("features", "ids", "cameras", "names"), values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
     print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings of "
           f"{arrays['query_features'].shape[1]} dimensions")
@@ -437,39 +440,42 @@ def search(args, checkpoint):
     unknown = torch.zeros(max(len(queries), len(crops)), dtype=torch.int64)
     query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
     nearest = torch.cdist(query.features, gallery.features).topk(min(args.top, len(crops)), largest=False)
-    same = None if attribute_net is None else len(common.ATTRIBUTES) - differing(query.attributes, gallery.attributes).int()
+    same = None
+    if attribute_net:
+        same = (query.attributes[:, None] == gallery.attributes).sum(2)  # [queries, gallery]
     rows = []
     for i, path in enumerate(asked):
         found = list(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()))
         alike = {g: "" if same is None else f"{same[i, g]} of 12" for g, _ in found}
         common.table(f"Nearest to {path} of {len(crops)} images", ["rank", "distance", "same attributes", "file"],
                      [[str(rank), f"{d:.3f}", alike[g], str(paths[g])] for rank, (g, d) in enumerate(found, 1)])
-        rows.append([(queries[i], ["query", path.name])] + [(crops[g], [f"{rank}: distance {d:.2f}", paths[g].name, alike[g] and f"{alike[g]} attributes"])
-                                                            for rank, (g, d) in enumerate(found, 1)])
+        rows.append([(queries[i], ["query", path.name])] + [
+            (crops[g], [f"{rank}: distance {d:.2f}", paths[g].name, alike[g] and f"{alike[g]} attributes"])
+            for rank, (g, d) in enumerate(found, 1)])
     common.sheet(args.out.with_name("search.png"), rows)
     print(f"{args.out.with_name('search.png')}: the same as a picture")
 
 
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("stage 2")
-    group.add_argument("--init", type=Path, metavar="FILE", help="checkpoint of par.py to start from; its split and size are used")
-    group.add_argument("--compare", action="store_true", help="train with and without --init: table 1")
-    group.add_argument("--margin", type=common.number(float, 0), default=MARGIN, help=f"of the triplet loss, squared distance ({MARGIN})")
-    group.add_argument("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
-    group.add_argument("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
-    group.add_argument("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in "
-                       "report section 3.2.2, or from anywhere (cluster)")
-    group.add_argument("--hamming", type=common.number(int, 0, 12), metavar="K", help="predicted attributes that may differ "
-                       "(default: what gave the highest validation mAP)")
-    group.add_argument("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
-                       "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
-    group.add_argument("--eval", type=Path, metavar="FILE", help="checkpoint of reid.py to score instead of training")
-    group.add_argument("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
-    group.add_argument("--search", type=Path, metavar="QUERY", help="with --eval and --gallery: find this image's, or each image's of this "
-                       "folder, nearest in the gallery")
-    group.add_argument("--gallery", type=Path, metavar="FOLDER", help="with --search: images to search")
-    group.add_argument("--top", type=common.number(int, 1), default=10, metavar="K", help="with --search: how many to list (10)")
+    add = parser.add_argument_group("stage 2").add_argument
+    add("--init", type=Path, metavar="FILE", help="checkpoint of par.py to start from; its split and size are used")
+    add("--compare", action="store_true", help="train with and without --init: table 1")
+    add("--margin", type=common.number(float, 0), default=MARGIN, help=f"of the loss, squared distance ({MARGIN:g})")
+    add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
+    add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
+    add("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in report "
+        "section 3.2.2, or from anywhere (cluster)")
+    add("--hamming", type=common.number(int, 0, 12), metavar="K", help="predicted attributes that may differ (default: "
+        "what gives the highest validation mAP)")
+    add("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
+        "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
+    add("--eval", type=Path, metavar="FILE", help="checkpoint of reid.py to score instead of training")
+    add("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
+    add("--search", type=Path, metavar="QUERY", help="with --eval and --gallery: find what is nearest to this image, "
+        "or to each in this folder")
+    add("--gallery", type=Path, metavar="FOLDER", help="with --search: images to search")
+    add("--top", type=common.number(int, 1), default=10, metavar="K", help="with --search: how many to list (10)")
     common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
     args = parser.parse_args()
     if args.compare and not args.init:
@@ -477,7 +483,7 @@ def main():
     if args.embed and not args.eval:
         raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
     if args.search and not (args.eval and args.gallery):
-        raise UserError("--search needs --eval FILE, the checkpoint to search with, and --gallery FOLDER, the images to search.")
+        raise UserError("--search needs --eval FILE, the checkpoint, and --gallery FOLDER, the images to search.")
     if args.init and args.eval:
         raise UserError("--init trains and --eval scores: pass one of them.")
     path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
@@ -496,7 +502,8 @@ def main():
     crops = market.images.to(device)
     results = train(args, checkpoint, market, split, crops, state)
     if args.compare:
-        settings = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
+        out = args.out.with_stem(args.out.stem + "_without")
+        settings = argparse.Namespace(**vars(args) | {"init": None, "out": out})
         plain = train(settings, None, market, split, crops, state)
         common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
                      [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
