@@ -961,6 +961,8 @@ def run(main):
         progress("")
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         progress("")
         print(f"{script}: {error.filename or 'A file'} cannot be read or written ({error.strerror}).", file=sys.stderr)

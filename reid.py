@@ -25,9 +25,9 @@ import common
 import par
 from common import UserError
 
-# Of the triplet loss, in squared distance; the report does not say. At the start of stage 2 on Market-1501 the squared
-# distance to a negative exceeds that to a positive by about 35 (median), so that half of the triplets have a loss;
-# README compares values.
+# Of the triplet loss, in squared distance; the report does not say. When stage 2 starts on Market-1501, the median squared
+# distance is 14 to a positive and 49 to a negative: with a margin of 40 about half of the triplets have a loss to learn
+# from, with one of 1 nearly none.
 MARGIN = 40.0
 
 
