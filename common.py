@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -229,6 +230,638 @@ def split_identities(person_ids, fraction=0.6, seed=0):
     chosen = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]]
     train = torch.isin(person_ids, chosen)
     return train, ~train
+
+
+# ------------------------------------------------------------------------------------------- the network and its input
+
+
+def random_affine(count, size, generator, degrees=10.0):
+    """Flip (p 0.5) and rotation (uniform in +-degrees), the augmentation of [report] section 2: float32 [count, 2, 3].
+
+    One matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes: hence the aspect ratio.
+    """
+    angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
+    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]
+    zero = torch.zeros(count)
+    return torch.stack([mirror * cos, -mirror * sin * aspect, zero, sin / aspect, cos, zero], 1).view(count, 2, 3)
+
+
+def augment(crops, affine):
+    """Apply one affine matrix per image, [B, 2, 3], to uint8 or float crops [B, 3, H, W]: float32, black outside."""
+    grid = F.affine_grid(affine, list(crops.shape), align_corners=False)
+    return F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+class MatrixConv2d(nn.Conv2d):
+    """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps.
+
+    oneDNN is at a third of the processor's matrix rate on layer4's maps of 4x2 pixels; this takes half its time there.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
+            return super().forward(x)
+        s, (h, w) = self.stride[0], x.shape[2:]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        near = torch.cat([padded[:, i:i + h:s, j:j + w:s] for i in range(3) for j in range(3)], 3)  # [B, h/s, w/s, 9C]
+        y = near.flatten(0, 2) @ self.weight.permute(0, 2, 3, 1).flatten(1).T
+        return y.view(*near.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+class Backbone(nn.Module):
+    """ResNet18 ([report] reference 2) up to its pooled features: crops [B, 3, H, W] in 0..255 -> [B, 512]."""
+
+    def __init__(self, state=None):
+        """state: a torchvision ResNet18 state dict to start from; None: random weights."""
+        super().__init__()
+        self.net = resnet18()
+        if state is not None:
+            self.net.load_state_dict(state)
+        self.net.fc = nn.Identity()
+        for module in self.net.layer4.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.__class__ = MatrixConv2d
+        self.net.to(memory_format=torch.channels_last)
+        # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
+        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, crops):
+        x = (crops.float() - self.mean) / self.std
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+def backbone_weights(choice):
+    """State dict for `Backbone`: choice "none" -> None; "imagenet" -> downloaded once; else a file of torchvision's."""
+    if choice == "none":
+        return None
+    if choice == "imagenet":
+        url = ResNet18_Weights.IMAGENET1K_V1.url
+        instead = "pass --weights none to start from random weights, or --weights FILE with a downloaded copy."
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if not cached.is_file():
+            # A network that swallows packets can hang a look-up for minutes: ask in a thread that may be left behind.
+            answer = []
+            probe = threading.Thread(target=lambda: answer.append(_probe(url)), daemon=True)
+            probe.start()
+            probe.join(15)
+            if answer != [None]:
+                raise UserError(f"ImageNet weights could not be downloaded from {url} "
+                                f"({(answer or ['no answer'])[0]}): {instead}")
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # a transfer that stalls later
+        try:
+            weights = ResNet18_Weights.IMAGENET1K_V1
+            return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+        except Exception as error:  # of the network, of the hash, of a damaged file
+            raise UserError(f"ImageNet weights could not be had from {url} or {cached} ({error}): "
+                            f"delete that file if it is there; or {instead}") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    state = torch_load(choice)
+    expected = resnet18().state_dict()
+    # The published file is older than BatchNorm's num_batches_tracked, and its classes are not ours.
+    needed = [k for k in expected if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
+    if not isinstance(state, dict) or any(getattr(state.get(k), "shape", None) != expected[k].shape for k in needed):
+        raise UserError(f"{choice} is not a state dict of torchvision's ResNet18, which --weights needs.")
+    return expected | {k: state[k] for k in needed}
+
+
+def _probe(url):
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except Exception as error:
+        return error
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear from 0 to `peak` over the first `warmup` of all steps, then linear to 0 ([report] section 4.1)."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def autocast(device):
+    """bfloat16 where the processor computes in it, float32 elsewhere (where emulation would only cost time)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
+
+
+def precision(device):
+    """"bfloat16" or "float32": what `autocast` uses on this device."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # the names are private and newer than some versions: without them, float32
+        native = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
+                                              for unit in ("avx512_bf16", "amx_tile"))
+    return "bfloat16" if native else "float32"
+
+
+def infer(model, crops, rows=None):
+    """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
+    batch = max(1, 512 * 128 * 64 // crops[0, 0].numel())
+    device, outputs, several = next(model.parameters()).device, [], False
+    rows = torch.arange(len(crops)) if rows is None else rows
+    model.eval()
+    with torch.inference_mode(), autocast(device):
+        for chunk in rows.to(crops.device).split(batch):
+            out = model(crops[chunk].to(device))
+            several = isinstance(out, list)
+            outputs.append(out if several else [out])
+        merged = [torch.cat(parts).float() for parts in zip(*outputs)]
+    if not all(out.isfinite().all() for out in merged):
+        raise UserError("The network's output holds NaN or infinity: its training has diverged. "
+                        "Train again with a lower --lr.")
+    return merged if several else merged[0]
+
+
+def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
+    """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
+
+    crops       uint8 [N, 3, H, W] on the device
+    plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` that make an item
+    criterion   (outputs of the model for k x B crops, int64 rows [B] or [B, k]) -> scalar loss
+    validate    () -> dict of figures; the first decides which epoch is best and when to stop early
+    checkpoint  what the file args.out says beside the model's weights
+    record      dict that stands beside it as JSON; gets a row per epoch
+
+    AdamW; linear warm-up, then linear to 0, per step. Each epoch's last images that fill no batch are left out; they
+    are others in each epoch. After each epoch `last_path(out)` holds all that --resume needs. Returns the best epoch's
+    row.
+    """
+    device, out = crops.device, Path(args.out)
+    generator = torch.Generator().manual_seed(args.seed)
+    parameters = list(model.parameters())
+    # One-dimensional views of the same memory: AdamW's fused kernel would first copy a channels-last tensor.
+    dense = [flat(p.detach()) for p in parameters]
+    optimizer = torch.optim.AdamW(dense, lr=args.lr, fused=True)
+    best, first, start, spent = None, 1, time.perf_counter(), 0.0
+    if args.resume and last_path(out).exists():
+        last = load_checkpoint(last_path(out), checkpoint["kind"])
+        changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
+        changed = [k for k in changed if k not in ("resume", "device", "out", "demo")]
+        if changed:
+            raise UserError(f"{last_path(out)} is of a run with another --{changed[0]} "
+                            f"({last['args'].get(changed[0])}): resume with the arguments it had.")
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        generator.set_state(last["generator"])
+        torch.set_rng_state(last["rng"])
+        if device.type != "cpu" and device.type == last["args"]["device"]:
+            getattr(torch, device.type).set_rng_state(last["device_rng"])
+        record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
+        first, spent = last["epoch"] + 1, last["spent"]
+        print(f"Going on after epoch {last['epoch']}.")
+    elif args.resume:
+        print(f"There is no {last_path(out)} to resume: starting.")
+    for epoch in range(first, args.epochs + 1):
+        if best and epoch - 1 - best["epoch"] >= args.patience:
+            print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
+            break
+        items = plan(generator)
+        batch = min(args.batch, len(items))
+        steps, width = len(items) // batch, items[0].numel()
+        affine = random_affine(items.numel(), crops.shape[2:], generator).view(*items.shape, 2, 3).to(device)
+        kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
+        items, losses, begin = items.to(device), torch.zeros(steps, device=device), time.perf_counter()
+        shown = begin
+        model.train()
+        for step in range(steps):
+            now = slice(step * batch, (step + 1) * batch)
+            lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
+            rows, warp = items[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
+            x = augment(crops[rows], warp)  # not under autocast: bfloat16 coordinates would shake the pixels
+            with autocast(device):
+                loss = criterion(model(x), items[now])
+            model.zero_grad()
+            loss.backward()
+            for view, p in zip(dense, parameters):
+                view.grad = None if p.grad is None else flat(p.grad)
+            optimizer.step()
+            losses[step] = loss.detach()
+            if step + 1 == steps or time.perf_counter() - shown > 0.5:  # the only moments at which the host waits
+                done = losses[:step + 1]
+                if not done.isfinite().all():
+                    bad = int(done.isfinite().int().argmin())
+                    raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. "
+                                    "Try a lower --lr.")
+                shown = time.perf_counter()
+                speed = (step + 1) * batch * width / (shown - begin)
+                left = round(((args.epochs - epoch + 1) * steps - step - 1) * batch * width / speed)
+                progress(f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {done.mean().item():.4f}  "
+                         f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
+        row = {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
+               "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
+        progress(f"epoch {epoch}/{args.epochs}  validating")
+        try:
+            figures = validate()
+        except UserError as error:
+            raise UserError(f"{error} This was after epoch {epoch}; {kept}.") from None
+        row.update(figures)
+        record["epochs"].append(row)
+        record["metrics"] = list(figures)
+        better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
+        if better:
+            if best is None and out.exists():
+                os.replace(out, out.with_suffix(".old.pt"))  # an earlier run's best is not lost
+            best = row
+            save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
+        seconds = spent + time.perf_counter() - start
+        record["seconds"]["training and validation"] = round(seconds, 1)
+        write_record(out, record)
+        save_checkpoint(last_path(out), dict(
+            checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+            rng=torch.get_rng_state(),
+            device_rng=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
+            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=seconds))
+        progress("")
+        print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
+              + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
+    model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
+    return best
+
+
+def flat(tensor):
+    """All elements in the order they have in memory, [n], without a copy; for dense and channels-last tensors."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(-1)
+
+
+def keep_memory():
+    """Have glibc keep freed blocks for the next step: else each is mapped and zeroed anew, a seventh of a step."""
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its upper limit
+        except (OSError, AttributeError):
+            pass  # another C library: as it is
+
+
+def last_path(out):
+    """Where the state of an unfinished run stands: par_best.pt -> par_last.pt."""
+    return out.with_name(out.stem.removesuffix("_best") + "_last.pt")
+
+
+def progress(text):
+    """Show one line that the next call overwrites; nothing where the output is a file."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------- files, settings, errors
+
+
+def write_whole(path, write):
+    """Call write(file) on a temporary file beside `path`, then put it in its place: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise UserError(f"{path} cannot be written ({error}).") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def check_output(path, suffixes=(".pt", ".pth")):
+    """Make the folder of `path` and try to write in it: better before the training than after."""
+    if path.is_dir() or path.suffix.lower() not in suffixes:
+        raise UserError(f"{path} is no name for the file to write: give one that ends in {suffixes[0]}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+
+
+def write_record(out, record):
+    """Write the run's record beside its checkpoint, the same name with .json."""
+    record["peak_memory_MB"] = peak_memory()
+    text = json.dumps(record, indent=1)
+    text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", text)  # a line per epoch, not per figure
+    write_whole(Path(out).with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def peak_memory():
+    """Highest memory use so far in MB: {"host": ..., "device": ...}; None where the system does not say."""
+    try:
+        import resource  # not on Windows
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    except ImportError:
+        host = None
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"host": host and round(host), "device": device and round(device)}
+
+
+def torch_load(path):
+    """Load a file of tensors and plain values; never runs code from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint: a dict of tensors and plain values with "kind", "model", "args", "train_ids", ..."""
+    write_whole(path, lambda file: torch.save(dict(checkpoint, version=1), file))
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
+    checkpoint = torch_load(path)
+    needed = {"model", "args", "train_ids", "validation_ids"}
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") \
+            or checkpoint.get("version") != 1 or not needed <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this version of the project.")
+    if checkpoint["kind"] != kind:
+        raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
+    return checkpoint
+
+
+def load_weights(model, state, path):
+    """Load a state dict into `model`; one that does not fit is the user's error."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"The weights in {path} do not fit the network of this version of the project.") from None
+    return model
+
+
+def saved_split(checkpoint, person_ids, path):
+    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
+    train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
+    if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
+        raise UserError(f"{path} was trained on other identities than this data set's: "
+                        "pass the --data it was trained on.")
+    return torch.isin(person_ids, train), torch.isin(person_ids, validation)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors that end as all others do."""
+
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: `kind` from `low` (or above it) to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not ((value > low if above else value >= low) and value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not " + ("above" if above else "at least") + f" {low}"
+                                             + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def image_size(text):
+    """An argparse type: "128x64" -> (128, 64), height and width."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    size = tuple(map(int, match.groups())) if match else (0, 0)
+    if not all(32 <= side <= 1024 for side in size):
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024 (128x64)")
+    return size
+
+
+def shared_flags(parser, epochs, lr, out):
+    """Add the flags that both scripts have; defaults are the report's."""
+    add = parser.add_argument_group("data, training and output").add_argument
+    add("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: ./Market-1501-v15.09.15; where that "
+        "is not, a drawn demo set)")
+    add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
+    add("--weights", metavar="W", help="to start from: imagenet, none, or a FILE of torchvision's ResNet18 (imagenet; "
+        "none for the demo set)")
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
+    add("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
+    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the rate "
+        "rises; then it falls to 0 (0.1, report section 4)")
+    add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
+    add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
+    add("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint; its record is beside it ({out})")
+    add("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
+
+
+def start(args, path=None, checkpoint=None, data=True):
+    """Settle device, size, data and weights, and say so: -> device. Fills args.size, .data, .demo, .weights, .device.
+
+    A checkpoint, read from `path`, decides the size. Without --data the demo set is drawn, if it has not been.
+    """
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.device not in ("auto", "cpu", best):
+        raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: "
+                        f"pass --device {best}.")
+    device = torch.device(best if args.device == "auto" else args.device)
+    args.device = device.type
+    keep_memory()
+    saved = checkpoint and tuple(checkpoint["args"]["size"])
+    if saved and args.size not in (None, saved):
+        raise UserError(f"{path} was trained with --size {saved[0]}x{saved[1]}: leave --size out.")
+    args.size = saved or args.size or (128, 64)
+    if not data:
+        return device
+    if args.data is None:
+        args.data = Path("Market-1501-v15.09.15")
+        if not args.data.is_dir():
+            args.data = Path("Market-1501-demo")
+            if not args.data.is_dir():
+                print(f"Drawing the demo set into ./{args.data} ...", flush=True)
+                partial = args.data.with_suffix(".tmp")
+                shutil.rmtree(partial, ignore_errors=True)
+                draw_market(partial, 100, 6, seed=0)
+                os.replace(partial, args.data)
+    elif not args.data.is_dir():
+        raise UserError(f"--data {args.data} " + ("is not a folder." if args.data.exists() else "does not exist."))
+    args.demo = (args.data / DRAWN).is_file()
+    args.weights = args.weights or ("none" if args.demo else "imagenet")
+    if args.demo:
+        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. "
+              "README says how to get that.")
+    print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
+          f"{args.size[0]}x{args.size[1]} | weights {path or args.weights} | seed {args.seed}", flush=True)
+    return device
+
+
+def new_record(args):
+    """What a record says before the first epoch."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "torchvision": str(torchvision.__version__)}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
+            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+            "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
+            "epochs": [], "final": {}, "seconds": {}}
+
+
+def run(main):
+    """Run a script's main(); the one place where errors become sentences and exit codes."""
+    script = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
+    try:
+        main()
+    except UserError as error:
+        progress("")
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        progress("")
+        print(f"{script}: {error.filename or 'A file'} cannot be read or written ({error.strerror}).", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU's allocator say it in different words
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|not enough mem", str(error)):
+            raise
+        progress("")
+        print(f"{script}: the memory is full: lower --batch or --size, or pass another --device.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script}: stopped. A training run goes on after its last whole epoch with --resume.", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------ tables and figures
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: told apart by the colour-blind
+INK, GREY = "#222222", "#8a8a8a"
+
+
+def table(title, header, rows, best=None):
+    """Print rows [name, figures...] under a header; `best` (max or min) marks each row's best figure with a star."""
+    def cell(value, row):
+        if isinstance(value, str):
+            return value
+        highest = best and best(v for v in row if not isinstance(v, str) and v == v)
+        return ("-" if value != value else f"{value:.2f}") + (best and ("  ", " *")[value == highest] or "")
+
+    cells = [header, *([row[0], *(cell(v, row[1:]) for v in row[1:])] for row in rows)]
+    if best:
+        cells[0] = [header[0], *(h + "  " for h in header[1:])]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    print(f"\n{title}")
+    for row in cells:
+        print(f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:])))
+    sys.stdout.flush()
+
+
+def charts(path, panels, columns=1, size=(560, 330)):
+    """Draw panels, `columns` to a row, into a PNG file twice as large as `size` (width, height) says for each.
+
+    A panel is a dict: title; either bars {category: value} or lines {legend: (xs, ys)} with axis labels x and y and,
+    if wanted, marks {legend: x} drawn as dashed verticals.
+    """
+    scale, (width, height) = 4, size
+    picture = Image.new("RGB", (width * columns * scale, height * math.ceil(len(panels) / columns) * scale), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def text(x, y, string, anchor, points=13, colour=INK):
+        pen.text((x * scale, y * scale), string, colour, ImageFont.load_default(points * scale), anchor)
+
+    def line(points, colour, thick=2.0):
+        pen.line([(x * scale, y * scale) for x, y in points], colour, round(thick * scale), joint="curve")
+
+    for i, panel in enumerate(panels):
+        left, top = i % columns * width, i // columns * height
+        text(left + 16, top + 20, panel["title"], "lm", 15)
+        if "bars" in panel:
+            for k, (name, value) in enumerate(panel["bars"].items()):
+                y, length = top + 54 + 26 * k, (width - 190) * value / 100
+                text(left + 114, y, name, "rm")
+                pen.rectangle([c * scale for c in (left + 120, y - 9, left + 120 + length, y + 9)], COLOURS[0])
+                text(left + 125 + length, y, f"{value:.1f} %", "lm", 12)
+            continue
+        x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 62
+        (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
+        x_ticks, y_ticks = ticks(min(map(min, xs)), max(map(max, xs))), ticks(min(map(min, ys)), max(map(max, ys)))
+        low, high = min(map(min, xs)), max(max(map(max, xs)), min(map(min, xs)) + 1e-9)
+
+        def at_x(v):
+            return x0 + (x1 - x0) * (v - low) / (high - low)
+
+        def at_y(v):
+            return y0 + (y1 - y0) * (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+
+        for v in y_ticks:
+            line([(x0, at_y(v)), (x1, at_y(v))], "#e4e4e4", 1)
+            text(x0 - 6, at_y(v), f"{v:g}", "rm", 12)
+        for v in x_ticks:
+            if low <= v <= high:
+                line([(at_x(v), y0), (at_x(v), y0 + 4)], GREY, 1)
+                text(at_x(v), y0 + 7, f"{v:g}", "mt", 12)
+        line([(x0, y1), (x0, y0), (x1, y0)], GREY, 1)
+        text((x0 + x1) / 2, y0 + 36, panel["x"], "mm")
+        text(left + 16, y1 - 18, panel["y"], "lm", 12, GREY)
+        legend = []
+        for colour, (name, (xv, yv)) in zip(COLOURS, panel["lines"].items()):
+            points = [(at_x(a), at_y(b)) for a, b in zip(xv, yv)]
+            line(points, colour)
+            for x, y in points if len(points) < 50 else ():
+                pen.ellipse([(x - 2.5) * scale, (y - 2.5) * scale, (x + 2.5) * scale, (y + 2.5) * scale], colour)
+            legend.append((name, colour))
+        for colour, (name, v) in zip(COLOURS[len(legend):] + COLOURS, marks.items()):
+            for k in range(0, 40, 2) if low <= v <= high else ():
+                line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], colour, 1.5)
+            legend.append((name, colour))
+        for k, (name, colour) in enumerate(reversed(legend)):
+            text(x1, y1 - 18, name, "rm", 12, colour)
+            x1 -= pen.textlength(name, ImageFont.load_default(12 * scale)) / scale + 18
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
+
+
+def sheet(path, rows, height=256):
+    """Draw crops with captions into a PNG file: rows is a list of lists of (crop uint8 [3, H, W], lines of text)."""
+    width = max(150, round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1]))
+    tall = height + 10 + 18 * max(len(lines) for row in rows for _, lines in row)
+    picture = Image.new("RGB", ((width + 10) * max(map(len, rows)) + 10, (tall + 10) * len(rows) + 10), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for i, row in enumerate(rows):
+        for k, (crop, lines) in enumerate(row):
+            x, y = 10 + k * (width + 10), 10 + i * (tall + 10)
+            image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+            wide = round(height * image.width / image.height)
+            picture.paste(image.resize((wide, height), Image.Resampling.BICUBIC), (x, y))
+            for j, line in enumerate(lines):
+                while pen.textlength(line, font) > width:
+                    line = line[:-2] + "\u2026"
+                pen.text((x, y + height + 6 + 18 * j), line, INK, font)
+    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
+
+
+def ticks(low, high):
+    """Round numbers, from at or below `low` to at or above `high`, about five."""
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(f * power for f in (0.2, 0.5, 1, 2) if span / (f * power) <= 6)
+    first = math.floor(low / step)
+    return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
+
+
+def curves(path, record, title):
+    """Draw a record's training curves: the loss, and the validation figures in percent."""
+    rows = record["epochs"]
+    x = [row["epoch"] for row in rows]
+    figures = {k: (x, [100 * row[k] for row in rows]) for k in record["metrics"]}
+    loss = {"training": (x, [row["loss"] for row in rows])}
+    charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": loss},
+                  {"title": f"{title}: validation", "x": "epoch", "y": "%", "lines": figures}], columns=2)
 
 
 # ---------------------------------------------------------------------------------------------------- the drawn demo
@@ -483,623 +1116,3 @@ def draw_crop(person, camera, random, poor=False):
 def darker(colour, factor):
     """A colour with each channel times `factor`."""
     return tuple(int(v * factor) for v in colour)
-
-
-# ------------------------------------------------------------------------------------------- the network and its input
-
-
-def random_affine(count, size, generator, degrees=10.0):
-    """Flip (p 0.5) and rotation (uniform in +-degrees), the augmentation of [report] section 2: float32 [count, 2, 3].
-
-    One matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes: hence the aspect ratio.
-    """
-    angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
-    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
-    sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]
-    zero = torch.zeros(count)
-    return torch.stack([mirror * cos, -mirror * sin * aspect, zero, sin / aspect, cos, zero], 1).view(count, 2, 3)
-
-
-def augment(crops, affine):
-    """Apply one affine matrix per image, [B, 2, 3], to uint8 or float crops [B, 3, H, W]: float32, black outside."""
-    grid = F.affine_grid(affine, list(crops.shape), align_corners=False)
-    return F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-class MatrixConv2d(nn.Conv2d):
-    """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps.
-
-    oneDNN is at a third of the processor's matrix rate on layer4's maps of 4x2 pixels; this takes half its time there.
-    """
-
-    def forward(self, x):
-        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
-            return super().forward(x)
-        s, (h, w) = self.stride[0], x.shape[2:]
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        near = torch.cat([padded[:, i:i + h:s, j:j + w:s] for i in range(3) for j in range(3)], 3)  # [B, h/s, w/s, 9C]
-        y = near.flatten(0, 2) @ self.weight.permute(0, 2, 3, 1).flatten(1).T
-        return y.view(*near.shape[:3], -1).permute(0, 3, 1, 2)
-
-
-class Backbone(nn.Module):
-    """ResNet18 ([report] reference 2) up to its pooled features: crops [B, 3, H, W] in 0..255 -> [B, 512]."""
-
-    def __init__(self, state=None):
-        """state: a torchvision ResNet18 state dict to start from; None: random weights."""
-        super().__init__()
-        self.net = resnet18()
-        if state is not None:
-            self.net.load_state_dict(state)
-        self.net.fc = nn.Identity()
-        for module in self.net.layer4.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.__class__ = MatrixConv2d
-        self.net.to(memory_format=torch.channels_last)
-        # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
-        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, crops):
-        x = (crops.float() - self.mean) / self.std
-        return self.net(x.contiguous(memory_format=torch.channels_last))
-
-
-def backbone_weights(choice):
-    """State dict for `Backbone`: choice "none" -> None; "imagenet" -> downloaded once; else a file of torchvision's."""
-    if choice == "none":
-        return None
-    if choice == "imagenet":
-        url = ResNet18_Weights.IMAGENET1K_V1.url
-        instead = "pass --weights none to start from random weights, or --weights FILE with a downloaded copy."
-        if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]).is_file():
-            # A network that swallows packets can hang a look-up for minutes: ask in a thread that may be left behind.
-            answer = []
-            probe = threading.Thread(target=lambda: answer.append(_probe(url)), daemon=True)
-            probe.start()
-            probe.join(15)
-            if answer != [None]:
-                raise UserError(f"ImageNet weights could not be downloaded from {url} "
-                                f"({(answer or ['no answer'])[0]}): {instead}")
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # a transfer that stalls later
-        try:
-            weights = ResNet18_Weights.IMAGENET1K_V1
-            return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"ImageNet weights could not be downloaded from {url} ({error}): {instead}") from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-    state = torch_load(choice)
-    expected = resnet18().state_dict()
-    if not isinstance(state, dict) or any(k not in state or state[k].shape != v.shape
-                                          for k, v in expected.items() if not k.startswith("fc.")):
-        raise UserError(f"{choice} is not a state dict of torchvision's ResNet18, which --weights needs.")
-    return {k: state.get(k, v) if not k.startswith("fc.") else v for k, v in expected.items()}
-
-
-def _probe(url):
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except OSError as error:
-        return error
-
-
-# -------------------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear from 0 to `peak` over the first `warmup` of all steps, then linear to 0 ([report] section 4.1)."""
-    rise = max(1, round(warmup * steps))
-    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-
-
-def autocast(device):
-    """bfloat16 where the processor computes in it, float32 elsewhere (where emulation would only cost time)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
-
-
-def precision(device):
-    """"bfloat16" or "float32": what `autocast` uses on this device."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # the names are private and newer than some versions: without them, float32
-        native = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
-                                              for unit in ("avx512_bf16", "amx_tile"))
-    return "bfloat16" if native else "float32"
-
-
-def infer(model, crops, rows=None):
-    """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
-    batch = max(1, 512 * 128 * 64 // crops[0, 0].numel())
-    device, outputs = next(model.parameters()).device, []
-    rows = torch.arange(len(crops)) if rows is None else rows
-    model.eval()
-    with torch.inference_mode(), autocast(device):
-        for chunk in rows.to(crops.device).split(batch):
-            out = model(crops[chunk].to(device))
-            outputs.append(out if isinstance(out, list) else [out])
-        merged = [torch.cat(parts).float() for parts in zip(*outputs)]
-    if not all(out.isfinite().all() for out in merged):
-        raise UserError("The network's output holds NaN or infinity: its training has diverged. "
-                        "Train again with a lower --lr.")
-    return merged if isinstance(out, list) else merged[0]
-
-
-def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
-    """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
-
-    crops       uint8 [N, 3, H, W] on the device
-    plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` that make an item
-    criterion   (outputs of the model for k x B crops, int64 rows [B] or [B, k]) -> scalar loss
-    validate    () -> dict of figures; the first decides which epoch is best and when to stop early
-    checkpoint  what the file args.out says beside the model's weights
-    record      dict that stands beside it as JSON; gets a row per epoch
-
-    AdamW; linear warm-up, then linear to 0, per step. Each epoch's last images that fill no batch are left out; they
-    are others in each epoch. After each epoch all that --resume needs stands in `last_path(out)`, until the run has
-    ended. Returns the best epoch's row.
-    """
-    device, out = crops.device, Path(args.out)
-    generator = torch.Generator().manual_seed(args.seed)
-    parameters = list(model.parameters())
-    # One-dimensional views of the same memory: AdamW's fused kernel would first copy a channels-last tensor.
-    dense = [flat(p.detach()) for p in parameters]
-    optimizer = torch.optim.AdamW(dense, lr=args.lr, fused=True)
-    best, first, start, spent = None, 1, time.perf_counter(), 0.0
-    if args.resume and last_path(out).exists():
-        last = load_checkpoint(last_path(out), checkpoint["kind"])
-        changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
-        changed = [k for k in changed if k not in ("resume", "device", "out")]
-        if changed:
-            raise UserError(f"{last_path(out)} is of a run with another --{changed[0]}: "
-                            "resume with the arguments it had.")
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        generator.set_state(last["generator"])
-        torch.set_rng_state(last["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(last["device_rng"])
-        record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
-        first, spent = last["epoch"] + 1, last["spent"]
-        print(f"Going on after epoch {last['epoch']}.")
-    elif args.resume:
-        print(f"There is no {last_path(out)} to resume: starting.")
-    for epoch in range(first, args.epochs + 1):
-        if best and epoch - 1 - best["epoch"] >= args.patience:
-            print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
-            break
-        items = plan(generator)
-        batch = min(args.batch, len(items))
-        steps, width = len(items) // batch, items[0].numel()
-        affine = random_affine(items.numel(), crops.shape[2:], generator).view(*items.shape, 2, 3).to(device)
-        items, losses, begin = items.to(device), torch.zeros(steps, device=device), time.perf_counter()
-        shown = begin
-        model.train()
-        for step in range(steps):
-            now = slice(step * batch, (step + 1) * batch)
-            lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
-            rows, warp = items[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
-            x = augment(crops[rows], warp)  # not under autocast: bfloat16 coordinates would shake the pixels
-            with autocast(device):
-                loss = criterion(model(x), items[now])
-            model.zero_grad()
-            loss.backward()
-            for view, p in zip(dense, parameters):
-                view.grad = None if p.grad is None else flat(p.grad)
-            optimizer.step()
-            losses[step] = loss.detach()
-            if step + 1 == steps or time.perf_counter() - shown > 0.5:  # the only moments at which the host waits
-                done = losses[:step + 1]
-                if not done.isfinite().all():
-                    bad = int(done.isfinite().int().argmin())
-                    kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
-                    raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. "
-                                    "Try a lower --lr.")
-                shown = time.perf_counter()
-                speed = (step + 1) * batch * width / (shown - begin)
-                left = ((args.epochs - epoch + 1) * steps - step - 1) * batch * width / speed
-                progress(f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {done.mean().item():.4f}  "
-                         f"{speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
-        row = {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
-               "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
-        progress(f"epoch {epoch}/{args.epochs}  validating")
-        figures = validate()
-        row.update(figures)
-        record["epochs"].append(row)
-        record["metrics"] = list(figures)
-        better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
-        if better:
-            if best is None and out.exists():
-                os.replace(out, out.with_suffix(".old.pt"))  # an earlier run's best is not lost
-            best = row
-            save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
-        seconds = spent + time.perf_counter() - start
-        record["seconds"]["training and validation"] = round(seconds, 1)
-        write_record(out, record)
-        save_checkpoint(last_path(out), dict(
-            checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-            rng=torch.get_rng_state(), device_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=seconds))
-        progress("")
-        print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
-              + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
-    last_path(out).unlink(missing_ok=True)
-    model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
-    return best
-
-
-def flat(tensor):
-    """All elements in the order they have in memory, [n], without a copy; for dense and channels-last tensors."""
-    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(-1)
-
-
-def keep_memory():
-    """Have glibc keep freed blocks for the next step: else each is mapped and zeroed anew, a seventh of a step."""
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its upper limit
-        except (OSError, AttributeError):
-            pass  # another C library: as it is
-
-
-def last_path(out):
-    """Where the state of an unfinished run stands: par_best.pt -> par_last.pt."""
-    return out.with_name(out.stem.removesuffix("_best") + "_last.pt")
-
-
-def progress(text):
-    """Show one line that the next call overwrites; nothing where the output is a file."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------- files, settings, errors
-
-
-def write_whole(path, write):
-    """Call write(file) on a temporary file beside `path`, then put it in its place: whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        raise UserError(f"{path} cannot be written ({error}).") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-def check_output(path):
-    """Make the folder of `path` and try to write in it: better before the training than after."""
-    if path.is_dir() or path.suffix.lower() in ("", ".json", ".png"):
-        raise UserError(f"{path} is no name for this file: give one that ends in .pt (.npz with --embed).")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
-
-
-def write_record(out, record):
-    """Write the run's record beside its checkpoint, the same name with .json."""
-    record["peak_memory_MB"] = peak_memory()
-    text = json.dumps(record, indent=1)
-    text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", text)  # a line per epoch, not per figure
-    write_whole(Path(out).with_suffix(".json"), lambda file: file.write(text.encode()))
-
-
-def peak_memory():
-    """Highest memory use so far in MB: {"host": ..., "device": ...}; None where the system does not say."""
-    try:
-        import resource  # not on Windows
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    except ImportError:
-        host = None
-    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    return {"host": host and round(host), "device": device and round(device)}
-
-
-def torch_load(path):
-    """Load a file of tensors and plain values; never runs code from it."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint: a dict of tensors and plain values with "kind", "model", "args", "train_ids", ..."""
-    write_whole(path, lambda file: torch.save(dict(checkpoint, version=1), file))
-
-
-def load_checkpoint(path, kind):
-    """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
-    checkpoint = torch_load(path)
-    needed = {"model", "args", "train_ids", "validation_ids"}
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") \
-            or checkpoint.get("version") != 1 or not needed <= set(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of this version of the project.")
-    if checkpoint["kind"] != kind:
-        raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
-    return checkpoint
-
-
-def load_weights(model, state, path):
-    """Load a state dict into `model`; one that does not fit is the user's error."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(f"The weights in {path} do not fit the network of this version of the project.") from None
-    return model
-
-
-def saved_split(checkpoint, person_ids, path):
-    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
-    train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
-    if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
-        raise UserError(f"{path} was trained on other identities than this data set's: "
-                        "pass the --data it was trained on.")
-    return torch.isin(person_ids, train), torch.isin(person_ids, validation)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors that end as all others do."""
-
-    def error(self, message):
-        raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: `kind` from `low` (or above it) to `high`."""
-    def parse(text):
-        value = kind(text)
-        if not (low < value or low == value and not above) or not value <= high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not " + ("above" if above else "at least") + f" {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def image_size(text):
-    """An argparse type: "128x64" -> (128, 64), height and width."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    size = tuple(map(int, match.groups())) if match else (0, 0)
-    if not all(32 <= side <= 1024 for side in size):
-        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024 (128x64)")
-    return size
-
-
-def shared_flags(parser, epochs, lr, out):
-    """Add the flags that both scripts have; defaults are the report's."""
-    add = parser.add_argument_group("data, training and output").add_argument
-    add("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: ./Market-1501-v15.09.15; where that "
-        "is not, a drawn demo set)")
-    add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
-    add("--weights", metavar="W", help="to start from: imagenet, none, or a FILE of torchvision's ResNet18 (imagenet; "
-        "none for the demo set)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
-    add("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
-    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the rate "
-        "rises; then it falls to 0 (0.1, report section 4)")
-    add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
-    add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
-    add("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint, record and curves beside it ({out})")
-    add("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
-
-
-def start(args, path=None, checkpoint=None, data=True):
-    """Settle device, size, data and weights, and say so: -> device. Fills args.size, .data, .demo, .weights, .device.
-
-    A checkpoint, read from `path`, decides the size. Without --data the demo set is drawn, if it has not been.
-    """
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.device not in ("auto", "cpu", best):
-        raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: "
-                        f"pass --device {best}.")
-    device = torch.device(best if args.device == "auto" else args.device)
-    args.device = device.type
-    keep_memory()
-    saved = checkpoint and tuple(checkpoint["args"]["size"])
-    if saved and args.size not in (None, saved):
-        raise UserError(f"{path} was trained with --size {saved[0]}x{saved[1]}: leave --size out.")
-    args.size = saved or args.size or (128, 64)
-    if not data:
-        return device
-    if args.data is None:
-        args.data = Path("Market-1501-v15.09.15")
-        if not args.data.is_dir():
-            args.data = Path("Market-1501-demo")
-            if not (args.data / DRAWN).is_file():
-                print(f"Drawing the demo set into ./{args.data} ...", flush=True)
-                draw_market(args.data, 100, 6, seed=0)
-    elif not args.data.is_dir():
-        raise UserError(f"--data {args.data} is not a folder.")
-    args.demo = (args.data / DRAWN).is_file()
-    args.weights = args.weights or ("none" if args.demo else "imagenet")
-    if args.demo:
-        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. "
-              "README says how to get that.")
-    print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
-          f"{args.size[0]}x{args.size[1]} | weights {path or args.weights} | seed {args.seed}", flush=True)
-    return device
-
-
-def new_record(args):
-    """What a record says before the first epoch."""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "torchvision": str(torchvision.__version__)}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
-            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-            "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
-            "epochs": [], "final": {}, "seconds": {}}
-
-
-def run(main):
-    """Run a script's main(); the one place where errors become sentences and exit codes."""
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-    except UserError as error:
-        progress("")
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        progress("")
-        print(f"{script}: {error.filename or 'A file'} cannot be read or written ({error.strerror}).", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:  # CUDA, MPS and the CPU's allocator say it in different words
-        if not re.search("out of memory|can't allocate|not enough memory", str(error)):
-            raise
-        progress("")
-        print(f"{script}: the memory is full: lower --batch or --size, or pass another --device.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{script}: stopped.", file=sys.stderr)
-        sys.exit(130)
-
-
-# ------------------------------------------------------------------------------------------------ tables and figures
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: told apart by the colour-blind
-INK, GREY = "#222222", "#8a8a8a"
-
-
-def table(title, header, rows, best=None):
-    """Print rows [name, figures...] under a header; `best` (max or min) marks each row's best figure with a star."""
-    def cell(value, row):
-        if isinstance(value, str):
-            return value
-        mark = "" if best is None else " *" if value == best(v for v in row if v == v) else "  "
-        return ("-" if value != value else f"{value:.2f}") + mark
-
-    cells = [header, *([row[0], *(cell(v, row[1:]) for v in row[1:])] for row in rows)]
-    if best:
-        cells[0] = [header[0], *(h + "  " for h in header[1:])]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    print(f"\n{title}")
-    for row in cells:
-        print(f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:])))
-    sys.stdout.flush()
-
-
-def charts(path, panels, columns=1, size=(560, 330)):
-    """Draw panels, `columns` to a row, into a PNG file twice as large as `size` (width, height) says for each.
-
-    A panel is a dict: title; either bars {category: value} or lines {legend: (xs, ys)} with axis labels x and y and,
-    if wanted, marks {legend: x} drawn as dashed verticals.
-    """
-    scale, (width, height) = 4, size
-    picture = Image.new("RGB", (width * columns * scale, height * math.ceil(len(panels) / columns) * scale), "white")
-    pen = ImageDraw.Draw(picture)
-
-    def text(x, y, string, anchor, points=13, colour=INK):
-        pen.text((x * scale, y * scale), string, colour, ImageFont.load_default(points * scale), anchor)
-
-    def line(points, colour, thick=2.0):
-        pen.line([(x * scale, y * scale) for x, y in points], colour, round(thick * scale), joint="curve")
-
-    for i, panel in enumerate(panels):
-        left, top = i % columns * width, i // columns * height
-        text(left + 16, top + 20, panel["title"], "lm", 15)
-        if "bars" in panel:
-            for k, (name, value) in enumerate(panel["bars"].items()):
-                y, length = top + 54 + 26 * k, (width - 190) * value / 100
-                text(left + 114, y, name, "rm")
-                pen.rectangle([c * scale for c in (left + 120, y - 9, left + 120 + length, y + 9)], COLOURS[0])
-                text(left + 125 + length, y, f"{value:.1f} %", "lm", 12)
-            continue
-        x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 62
-        (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
-        x_ticks, y_ticks = ticks(min(map(min, xs)), max(map(max, xs))), ticks(min(map(min, ys)), max(map(max, ys)))
-        low, high = min(map(min, xs)), max(max(map(max, xs)), min(map(min, xs)) + 1e-9)
-
-        def at_x(v):
-            return x0 + (x1 - x0) * (v - low) / (high - low)
-
-        def at_y(v):
-            return y0 + (y1 - y0) * (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-
-        for v in y_ticks:
-            line([(x0, at_y(v)), (x1, at_y(v))], "#e4e4e4", 1)
-            text(x0 - 6, at_y(v), f"{v:g}", "rm", 12)
-        for v in x_ticks:
-            if low <= v <= high:
-                line([(at_x(v), y0), (at_x(v), y0 + 4)], GREY, 1)
-                text(at_x(v), y0 + 7, f"{v:g}", "mt", 12)
-        line([(x0, y1), (x0, y0), (x1, y0)], GREY, 1)
-        text((x0 + x1) / 2, y0 + 36, panel["x"], "mm")
-        text(left + 16, y1 - 18, panel["y"], "lm", 12, GREY)
-        legend = []
-        for colour, (name, (xv, yv)) in zip(COLOURS, panel["lines"].items()):
-            points = [(at_x(a), at_y(b)) for a, b in zip(xv, yv)]
-            line(points, colour)
-            for x, y in points if len(points) < 50 else ():
-                pen.ellipse([(x - 2.5) * scale, (y - 2.5) * scale, (x + 2.5) * scale, (y + 2.5) * scale], colour)
-            legend.append((name, colour))
-        for colour, (name, v) in zip(COLOURS[len(legend):] + COLOURS, marks.items()):
-            for k in range(0, 40, 2) if low <= v <= high else ():
-                line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], colour, 1.5)
-            legend.append((name, colour))
-        for k, (name, colour) in enumerate(reversed(legend)):
-            text(x1, y1 - 18, name, "rm", 12, colour)
-            x1 -= pen.textlength(name, ImageFont.load_default(12 * scale)) / scale + 18
-    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
-    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
-
-
-def sheet(path, rows, height=256):
-    """Draw crops with captions into a PNG file: rows is a list of lists of (crop uint8 [3, H, W], lines of text)."""
-    width = max(150, round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1]))
-    tall = height + 10 + 18 * max(len(lines) for row in rows for _, lines in row)
-    picture = Image.new("RGB", ((width + 10) * max(map(len, rows)) + 10, (tall + 10) * len(rows) + 10), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for i, row in enumerate(rows):
-        for k, (crop, lines) in enumerate(row):
-            x, y = 10 + k * (width + 10), 10 + i * (tall + 10)
-            image = Image.fromarray(crop.permute(1, 2, 0).numpy())
-            wide = round(height * image.width / image.height)
-            picture.paste(image.resize((wide, height), Image.Resampling.BICUBIC), (x, y))
-            for j, line in enumerate(lines):
-                while pen.textlength(line, font) > width:
-                    line = line[:-2] + "\u2026"
-                pen.text((x, y + height + 6 + 18 * j), line, INK, font)
-    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
-
-
-def ticks(low, high):
-    """Round numbers, from at or below `low` to at or above `high`, about five."""
-    span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span))
-    step = next(f * power for f in (0.2, 0.5, 1, 2) if span / (f * power) <= 6)
-    first = math.floor(low / step)
-    return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
-
-
-def curves(path, record, title):
-    """Draw a record's training curves: the loss, and the validation figures in percent."""
-    rows = record["epochs"]
-    x = [row["epoch"] for row in rows]
-    figures = {k: (x, [100 * row[k] for row in rows]) for k in record["metrics"]}
-    loss = {"training": (x, [row["loss"] for row in rows])}
-    charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": loss},
-                  {"title": f"{title}: validation", "x": "epoch", "y": "%", "lines": figures}], columns=2)

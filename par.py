@@ -66,6 +66,8 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
     kind: "ce" -log(p_t); "wce" w_t times that; "focal" (1 - p_t)^gamma times that (Lin et al. 2018, eq. 4);
     "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that no p_t underflows.
     """
+    if kind not in LOSSES or (kind in ("wce", "alpha") and weights is None):
+        raise ValueError(f"loss {kind!r} is none of {', '.join(LOSSES)}, or its class weights are missing")
     total = 0
     for k, z in enumerate(logits):
         target, known = labels[:, k].clamp(min=0), labels[:, k] >= 0
@@ -104,10 +106,13 @@ def predict(model, crops, rows=None):
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
-def load_train(args):
-    """The train set, with the annotations that stage 1 needs."""
+def load_train(args, labels=True):
+    """The train set; UserError if it holds junk or, where labels are needed, no annotations."""
     market = common.load_market(args.data, "train", args.size)
-    if (market.labels < 0).any():
+    if (market.person_ids < 1).any():
+        name = market.names[int((market.person_ids < 1).int().argmax())]
+        raise UserError(f"{name} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
+    if labels and (market.labels < 0).any():
         raise UserError(f"{args.data} has no annotations: annotations_train.csv or market_attribute.mat belongs there.")
     return market
 
@@ -134,16 +139,17 @@ def train(args, market, split, crops, state):
                       lambda logits, rows: attribute_loss(logits, labels[rows], args.loss, weights, args.gamma),
                       validate, args, checkpoint, record)
     accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
-    record["final"] = {"best epoch": best["epoch"], "validation": figures(accuracy, f1)}
+    guess = commonest(market.labels[validation], market.labels[chosen])
+    record["final"] = {"best epoch": best["epoch"], "validation": figures(accuracy, f1), "commonest": figures(*guess)}
     common.write_record(args.out, record)
     common.curves(args.out.with_suffix(".png"), record, f"Stage 1, {LOSSES[args.loss]}")
     return accuracy, f1
 
 
 def figures(accuracy, f1):
-    """What a record says of a score: percentages by attribute and their mean, Global."""
-    return {name: {k: round(100 * v, 2) for k, v in zip(ATTRIBUTES, values.tolist())} | {
-        "global": round(100 * values.mean().item(), 2)} for name, values in (("accuracy", accuracy), ("f1", f1))}
+    """What a record says of a score: fractions by attribute, and their mean, Global."""
+    return {name: {k: round(v, 4) for k, v in zip([*ATTRIBUTES, "global"], [*values.tolist(), values.mean().item()])}
+            for name, values in (("accuracy", accuracy), ("f1", f1))}
 
 
 def commonest(labels, reference):
@@ -151,11 +157,18 @@ def commonest(labels, reference):
     return score(torch.stack([n.argmax() for n in class_counts(reference)]).expand_as(labels), labels)
 
 
-def show(title, columns, best=None):
-    """Print percentages as [report] tables 2 and 3 do: columns is a dict of names -> [12] fractions."""
+def show(title, columns, commonest=None):
+    """Print percentages as [report] tables 2 and 3 do: columns is a dict of name -> [12] fractions.
+
+    commonest: what naming the commonest class scores, [12]; then the best of the columns in each row is marked.
+    """
     rows = [[a.capitalize()] + [100 * v[k].item() for v in columns.values()] for k, a in enumerate(ATTRIBUTES)]
     rows.append(["Global"] + [100 * v.mean().item() for v in columns.values()])
-    common.table(title, ["", *columns], rows, best)
+    if commonest is not None:
+        for row, guess in zip(rows, [*commonest, commonest.mean()]):
+            row.append(f"{100 * guess:.2f}  ")
+    marked = commonest is not None
+    common.table(title, ["", *columns] + ["commonest"] * marked, rows, max if marked else None)
 
 
 def evaluate(args, checkpoint):
@@ -202,10 +215,10 @@ def statistics(args):
     market = load_train(args)
     _, first = np.unique(market.person_ids.numpy(), return_index=True)
     crops, people = class_counts(market.labels), class_counts(market.labels[torch.from_numpy(first)])
-    rows = [[f"{attribute} {name}", int(c), 100 * (c / n.sum()).item(), int(p), 100 * (p / m.sum()).item()]
-            for (attribute, names), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(names, n, m)]
+    rows = [[f"{a} {name}", f"{c:.0f}", 100 * (c / n.sum()).item(), f"{p:.0f}", 100 * (p / m.sum()).item()]
+            for (a, names), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(names, n, m)]
     common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(first)} identities",
-                 ["", "crops", "%", "identities", "%"], [[r[0], str(r[1]), r[2], str(r[3]), r[4]] for r in rows])
+                 ["", "crops", "%", "identities", "%"], rows)
     shares = {a: dict(zip(names, (100 * n / n.sum()).tolist())) for (a, names), n in zip(ATTRIBUTES.items(), crops)}
     pairs = {f"{a}: {list(share)[1]}": list(share.values())[1] for a, share in shares.items() if len(share) == 2}
     path = args.out.with_name("par_stats.png")
@@ -222,9 +235,10 @@ def main():
         "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
     add("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of focal losses (2, Lin et al. 2018)")
     add("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
-    add("--eval", type=Path, metavar="FILE", help="checkpoint of par.py to score instead of training")
+    instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
+    instead("--eval", type=Path, metavar="FILE", help="score this checkpoint of par.py")
+    instead("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
     add("--predict", type=Path, nargs="+", metavar="PATH", help="with --eval: attributes of images and folders, as CSV")
-    add("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
     common.shared_flags(parser, 15, 3e-4, "par_best.pt")
     args = parser.parse_args()
     if args.predict and not args.eval:
@@ -251,9 +265,10 @@ def main():
         out = args.out.with_stem(f"{args.out.stem}_{kind}")
         settings = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
         scores[name] = train(settings, market, split, crops, state)
+    guess = commonest(truth, reference)
     for k, title in enumerate(("Table 2: accuracy", "Table 3: macro F1")):
-        show(f"{title} (%) on validation", {name: score[k] for name, score in scores.items()}, best=max)
-    show("Naming the commonest class (%)", dict(zip(("accuracy", "F1"), commonest(truth, reference))))
+        columns = {name: score[k] for name, score in scores.items()}
+        show(f"{title} (%) on validation", columns, guess[k])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import common
 import par
 from common import UserError
 
-# Of the triplet loss, in squared distance; the report does not say. When stage 2 starts on Market-1501, the median squared
+# Of the triplet loss, in squared distance; the report gives none. When stage 2 starts on Market-1501, the median squared
 # distance is 14 to a positive and 49 to a negative: with a margin of 40 about half of the triplets have a loss to learn
 # from, with one of 1 nearly none.
 MARGIN = 40.0
@@ -172,17 +172,18 @@ def chunk_rows(columns):
 
 def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
     """`rank_metrics` for a few queries: dict of float64 tensors [scored queries]."""
+    distances = distances.detach() if distances.dtype in (torch.float32, torch.float64) else distances.detach().float()
     if distances.isnan().any():
         raise UserError("Distances are NaN: the network that made the embeddings diverged. Train with a lower --lr.")
     match = gallery_ids == query_ids[:, None]
-    part = (gallery_ids != -1) & ~distances.isinf()
+    part = (gallery_ids != -1) & ~distances.isposinf()
     if cross_camera:
         part &= ~(match & (gallery_cameras == query_cameras[:, None]))
     match &= part
     total = match.sum(1)
     if keep is not None:
-        part &= keep
-        match &= keep
+        part &= keep.bool()
+        match &= part
     ranked = distances.masked_fill(~part, torch.inf)
     # NumPy sorts floats several times faster than torch on a CPU. Only values are sorted; ranks come from searching
     # for the few matches among them, ties from counting.
@@ -243,7 +244,7 @@ def mean_distance(query, gallery):
 
 def distance_histograms(query, gallery, bins=100):
     """Of all pairs and of matches (one identity, two cameras): bin edges [bins + 1], pairs [bins], matches [bins]."""
-    top = max(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery))
+    top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
     counts = torch.zeros(2, bins, dtype=torch.float64)
     for rows, distances in distance_chunks(query, gallery):
         match = (gallery.ids == query.ids[rows, None]) & (gallery.cameras != query.cameras[rows, None])
@@ -318,6 +319,10 @@ def train(args, initial, market, split, crops, state):
         model.backbone.load_state_dict(attribute_net.backbone.state_dict())
     model.to(crops.device)
     pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
+    sample_triplets(market.person_ids[pool], torch.zeros_like(pool))  # what cannot be trained or scored is told at once
+    seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
+    if len(seen) == len(seen.unique()):
+        raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
     begin = time.perf_counter()
     clusters = torch.zeros(len(pool), dtype=torch.int64) if args.negatives == "random" else \
         cluster_histograms((crops if crops.is_cuda else market.images)[chosen], args.clusters, args.seed).cpu()
@@ -346,16 +351,16 @@ def train(args, initial, market, split, crops, state):
                       validate, args, checkpoint, record)
 
     here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
-    results, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
-    record["final"] = {"best epoch": best["epoch"], "hamming": hamming, "validation": results}
+    results, threshold, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
+    record["final"] = {"best epoch": best["epoch"], "threshold": threshold, "hamming": hamming, "validation": results}
     common.write_record(args.out, record)
     common.curves(args.out.with_suffix(".png"), record, f"Stage 2, from {start}")
-    figure_3(args, args.out.with_name(args.out.stem + "_distances.png"), here, here)
+    figure_3(args.out.with_name(args.out.stem + "_distances.png"), here, here, threshold)
     return results
 
 
 def report(args, query, gallery, title, hamming=None, protocols=("all cameras", "across cameras")):
-    """Print a table of every selection for each protocol: -> (protocol -> selection -> metrics, Hamming parameter).
+    """Print a table of every selection for each protocol: -> (protocol -> selection -> metrics, threshold, parameter).
 
     The parameter is --hamming, else the given one, else tuned on these crops; None without predicted attributes.
     """
@@ -379,16 +384,15 @@ def report(args, query, gallery, title, hamming=None, protocols=("all cameras", 
              "; no Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
     print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it buys\n"
           "is the precision of the returned lists, which stands to the right with their recall and mean length.")
-    return results, hamming
+    return results, threshold, hamming
 
 
-def figure_3(args, path, query, gallery):
+def figure_3(path, query, gallery, threshold):
     """Draw [report] figure 3: how the distances of matches lie within those of all pairs, and the threshold."""
     edges, pairs, matches = distance_histograms(query, gallery)
     centres, width = ((edges[1:] + edges[:-1]) / 2).tolist(), (edges[1] - edges[0]).item()
     lines = {name: (centres, (counts / counts.sum() / width).tolist())
              for name, counts in (("all pairs", pairs), ("matches, across cameras", matches))}
-    threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
     common.charts(path, [{
         "title": "Figure 3: distances between validation crops", "x": "Euclidean distance between embeddings",
         "y": "density", "lines": lines, "marks": {f"threshold {threshold:.2f}": threshold}}])
@@ -410,19 +414,19 @@ def evaluate(args, checkpoint):
     market = common.load_market(args.data, "train", args.size)
     held = common.saved_split(checkpoint, market.person_ids, args.eval)[1].nonzero()[:, 0]
     here = embed(model, attribute_net, market.images, market.person_ids, market.camera_ids, held)
-    _, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
+    *_, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
     query, gallery = (embed(model, attribute_net, part.images, part.person_ids, part.camera_ids)
                       for part in (common.load_market(args.data, name, args.size) for name in ("query", "gallery")))
     real = gallery.ids != -1  # junk takes no part in anything, the threshold's mean included
     gallery = Crops(*(v if v is None else v[real] for v in vars(gallery).values()))
-    title = f"{args.eval}, official test set, {len(gallery.ids)} gallery crops"
+    title = f"{args.eval}, test set, {len(gallery.ids)} gallery crops"
     report(args, query, gallery, title, hamming, ("across cameras",))
 
 
 def export(args, checkpoint):
     """Write the test set's embeddings to --embed as NumPy arrays."""
     model, _ = load(args, checkpoint)
-    common.check_output(args.embed)
+    common.check_output(args.embed, (".npz",))
     arrays = {}
     for name in ("query", "gallery"):
         part = common.load_market(args.data, name, args.size)
@@ -442,7 +446,7 @@ def search(args, checkpoint):
     nearest = torch.cdist(query.features, gallery.features).topk(min(args.top, len(crops)), largest=False)
     same = None
     if attribute_net:
-        same = (query.attributes[:, None] == gallery.attributes).sum(2)  # [queries, gallery]
+        same = len(common.ATTRIBUTES) - differing(query.attributes, gallery.attributes).int()
     rows = []
     for i, path in enumerate(asked):
         found = list(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()))
@@ -452,14 +456,17 @@ def search(args, checkpoint):
         rows.append([(queries[i], ["query", path.name])] + [
             (crops[g], [f"{rank}: distance {d:.2f}", paths[g].name, alike[g] and f"{alike[g]} attributes"])
             for rank, (g, d) in enumerate(found, 1)])
-    common.sheet(args.out.with_name("search.png"), rows)
-    print(f"{args.out.with_name('search.png')}: the same as a picture")
+    path = args.out.with_name("search.png")
+    common.sheet(path, rows[:20])
+    print(f"{path}: the same as a picture" + (", of the first 20 queries" if len(rows) > 20 else ""))
 
 
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 2").add_argument
-    add("--init", type=Path, metavar="FILE", help="checkpoint of par.py to start from; its split and size are used")
+    either = parser.add_argument_group("start from stage 1, or score").add_mutually_exclusive_group().add_argument
+    either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
+    either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
     add("--compare", action="store_true", help="train with and without --init: table 1")
     add("--margin", type=common.number(float, 0), default=MARGIN, help=f"of the loss, squared distance ({MARGIN:g})")
     add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
@@ -470,7 +477,6 @@ def main():
         "what gives the highest validation mAP)")
     add("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
         "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
-    add("--eval", type=Path, metavar="FILE", help="checkpoint of reid.py to score instead of training")
     add("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
     add("--search", type=Path, metavar="QUERY", help="with --eval and --gallery: find what is nearest to this image, "
         "or to each in this folder")
@@ -482,10 +488,8 @@ def main():
         raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
     if args.embed and not args.eval:
         raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
-    if args.search and not (args.eval and args.gallery):
-        raise UserError("--search needs --eval FILE, the checkpoint, and --gallery FOLDER, the images to search.")
-    if args.init and args.eval:
-        raise UserError("--init trains and --eval scores: pass one of them.")
+    if (args.search or args.gallery) and not (args.eval and args.search and args.gallery and not args.embed):
+        raise UserError("--search goes with --eval FILE, the checkpoint, and --gallery FOLDER, the images to search.")
     path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = path and common.load_checkpoint(path, kind)
     device = common.start(args, path, checkpoint, data=not args.search)
@@ -496,7 +500,7 @@ def main():
 
     common.check_output(args.out)
     state = None if checkpoint and not args.compare else common.backbone_weights(args.weights)
-    market = common.load_market(args.data, "train", args.size)
+    market = par.load_train(args, labels=False)
     split = common.saved_split(checkpoint, market.person_ids, path) if checkpoint else \
         common.split_identities(market.person_ids, seed=args.seed)
     crops = market.images.to(device)

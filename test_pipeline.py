@@ -225,6 +225,10 @@ def test_backbone_normalises_and_loads_torchvisions_weights(tmp_path):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     x = (crops / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     assert torch.allclose(backbone(crops), reference.eval()(x), atol=1e-4)
+    old = {k: v for k, v in torch.load(tmp_path / "resnet18.pth").items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")  # the published file is of that kind
+    backbone = common.Backbone(common.backbone_weights(str(tmp_path / "old.pth"))).eval()
+    assert torch.allclose(backbone(crops), reference(x), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ stage 1, by formulas
@@ -399,6 +403,10 @@ def test_rank_metrics_edge_cases():
     assert nothing["mAP"] == nothing["rank10"] == nothing["precision"] == nothing["length"] == 0
     with pytest.raises(common.UserError, match="No query has a match"):
         reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one)  # its own camera only
+    for kind in (torch.float16, torch.bfloat16, torch.int64):
+        ranked = reid.rank_metrics(torch.tensor([[1, 3, 2]], dtype=kind), one, one, torch.tensor([5, 1, 1]), torch.tensor([2, 2, 2]),
+                                   keep=torch.tensor([[1, 1, 0]], dtype=torch.uint8))
+        assert ranked["mAP"] == 0.25 and ranked["mINP"] == 0
     with pytest.raises(common.UserError, match="NaN"):
         reid.rank_metrics(torch.tensor([[float("nan")]]), one, one, one, one + 1)
 
@@ -463,7 +471,7 @@ def test_stage_1_trains_and_writes_checkpoint_record_and_curves(trained, market)
     assert record["data"]["drawn demo set"] and record["versions"]["torch"] == torch.__version__
     assert set(record["final"]["validation"]["f1"]) == {*common.ATTRIBUTES, "global"} and record["peak_memory_MB"]
     best = max(record["epochs"], key=lambda row: row["f1"])
-    assert record["final"]["validation"]["f1"]["global"] == pytest.approx(100 * best["f1"], abs=0.01)
+    assert record["final"]["validation"]["f1"]["global"] == pytest.approx(best["f1"], abs=1e-4)
     assert Image.open(trained / "par_best.png").size == (2 * 2 * 560, 2 * 330)
     checkpoint = common.load_checkpoint(trained / "par_best.pt", "par")
     ids = set(common.load_market(market, "train").person_ids.tolist())
@@ -506,12 +514,12 @@ def test_transparency_is_laid_on_white_and_photographs_turned_upright(tmp_path):
 def test_the_four_losses_side_by_side(market, tmp_path, capsys):
     assert call(par, "--data", market, "--loss", "all", "--epochs", 1, "--batch", 8, "--size", "64x32", "--out", tmp_path / "par_best.pt") == 0
     out = capsys.readouterr().out
-    table = out[out.index("Table 3"):out.index("Naming the commonest")].splitlines()
+    table = out[out.index("Table 3"):].splitlines()
     assert all(name in table[1] for name in par.LOSSES.values())
     assert [row.split()[0] for row in table[2:15]] == [*map(str.capitalize, common.ATTRIBUTES), "Global"]
     for row in table[2:15]:
         figures = [float(v) for v in row.replace("*", "").split()[1:]]
-        assert len(figures) == 4 and f"{max(figures):.2f} *" in row
+        assert len(figures) == 5 and f"{max(figures[:4]):.2f} *" in row and not row.endswith("*")
     for kind in par.LOSSES:
         assert json.loads((tmp_path / f"par_best_{kind}.json").read_text())["arguments"]["loss"] == kind
         assert common.load_checkpoint(tmp_path / f"par_best_{kind}.pt", "par")["args"]["loss"] == kind
@@ -544,7 +552,7 @@ def test_stage_2_takes_its_first_weights_from_stage_1(trained, market, tmp_path,
 def test_stage_2_scores_and_exports_the_test_set(trained, market, tmp_path, capsys):
     assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--hamming", 3, "--threshold", 1.5) == 0
     out = capsys.readouterr().out
-    assert "official test set" in out and "distance < 1.500" in out and "at most 3 of 12" in out
+    assert ", test set, " in out and "distance < 1.500" in out and "at most 3 of 12" in out
     assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--embed", tmp_path / "f.npz") == 0
     arrays = np.load(tmp_path / "f.npz")
     for part in ("query", "gallery"):
@@ -554,7 +562,7 @@ def test_stage_2_scores_and_exports_the_test_set(trained, market, tmp_path, caps
     q, g = torch.from_numpy(arrays["query_features"]), torch.from_numpy(arrays["gallery_features"])
     sides = [torch.from_numpy(arrays[k]) for k in ("query_ids", "query_cameras", "gallery_ids", "gallery_cameras")]
     expected = brute_force(torch.cdist(q, g), *sides, None, True)
-    test = out[out.index("official test set"):].splitlines()
+    test = out[out.index(", test set, "):].splitlines()
     assert test[2].split()[:2] == ["none", f"{100 * expected['mAP']:.2f}"]
 
 
@@ -583,7 +591,8 @@ def test_comparison_with_and_without_transfer(trained, market, tmp_path, capsys)
     assert call(reid, "--data", market, "--eval", tmp_path / "r_without.pt") == 0
 
 
-def test_one_seed_gives_the_same_weights_to_the_bit(market, tmp_path):
+def test_one_seed_gives_the_same_weights_to_the_bit(market, tmp_path, monkeypatch):
+    monkeypatch.undo()  # in the precision that users get
     for name in ("a", "b"):
         assert call(par, "--data", market, "--epochs", 1, "--batch", 8, "--device", "cpu", "--out", tmp_path / f"{name}.pt") == 0
         assert call(reid, "--data", market, "--epochs", 1, "--batch", 8, "--device", "cpu", "--init", tmp_path / f"{name}.pt",
@@ -643,7 +652,6 @@ def test_training_stops_early_and_keeps_the_best_epoch(market, tmp_path, capsys)
 def test_a_run_that_was_cut_off_resumes_to_the_same_weights(module, market, tmp_path, capsys, monkeypatch):
     arguments = ["--data", market, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out"]
     assert call(module, *arguments, tmp_path / "whole_best.pt") == 0
-    assert not (tmp_path / "whole_last.pt").exists()
     write, calls = common.write_record, []
 
     def die(*rest):
@@ -665,15 +673,18 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(module, market, tmp_
     rows = [[{k: v for k, v in row.items() if k not in timed} for row in json.loads((tmp_path / f"{name}_best.json").read_text())["epochs"]]
             for name in ("whole", "cut")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
+    before = (tmp_path / "cut_best.pt").read_bytes()
+    assert call(module, *arguments, tmp_path / "cut_best.pt", "--resume") == 0  # it has ended: nothing is trained again
+    assert "epoch  3/3" not in capsys.readouterr().out and (tmp_path / "cut_best.pt").read_bytes() == before
 
 
 def test_stage_1_learns_drawn_people(tmp_path, capsys):
     """Clothes' lengths and colours are plain to see: a few steps must beat always naming the commonest class."""
-    common.draw_market(tmp_path, 40, 4, seed=3)
-    assert call(par, "--data", tmp_path, "--epochs", 6, "--batch", 8, "--lr", "2e-3", "--out", tmp_path / "p.pt") == 0
+    common.draw_market(tmp_path, 60, 4, seed=3)
+    assert call(par, "--data", tmp_path, "--epochs", 10, "--batch", 16, "--lr", "1e-3", "--size", "64x32", "--out", tmp_path / "p.pt") == 0
     rows = {r.split()[0]: [float(v) for v in r.replace("*", "").split()[1:]] for r in capsys.readouterr().out.splitlines()
             if r.split()[:1] and r.split()[0] in ("Upcolor", "Global")}
-    assert rows["Global"][2] > rows["Global"][3] + 5 and rows["Upcolor"][2] > rows["Upcolor"][3] + 5
+    assert rows["Global"][2] > rows["Global"][3] + 5 and rows["Upcolor"][2] > rows["Upcolor"][3] + 20
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -696,7 +707,7 @@ def test_as_a_user_runs_it_without_data(tmp_path, trained):
                          env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[0].startswith("Drawing the demo set") and "DEMO SET" in run.stdout.splitlines()[1]
-    assert {p.name for p in tmp_path.iterdir()} == {"Market-1501-demo", "par_best.pt", "par_best.json", "par_best.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"Market-1501-demo", "par_best.pt", "par_last.pt", "par_best.json", "par_best.png"}
     assert "\r" not in run.stdout + run.stderr and len([r for r in run.stdout.splitlines() if r.startswith("epoch")]) == 1
     run = subprocess.run([sys.executable, HERE / "reid.py", "--init", "nowhere.pt"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr == "reid.py: nowhere.pt does not exist.\n"
@@ -729,7 +740,8 @@ def a_crop(root):
 
 
 BROKEN_DATA = {
-    "no such folder": (lambda r: [p.rename(r.parent / "gone") for p in [r]], "is not a folder"),
+    "no such folder": (lambda r: [p.rename(r.parent / "gone") for p in [r]], "does not exist"),
+    "junk to train with": (lambda r: a_crop(r).rename(a_crop(r).with_name("-1_c1s1_000025_01.jpg")), "shows no identity"),
     "no train folder": (lambda r: (r / "bounding_box_train").rename(r / "elsewhere"), "has no folder bounding_box_train"),
     "no crops": (lambda r: [p.unlink() for p in (r / "bounding_box_train").iterdir()], "holds no crops"),
     "no annotations": (lambda r: [p.unlink() for p in r.glob("*.csv")], "has no annotations"),
@@ -787,7 +799,9 @@ BROKEN_ARGUMENTS = {
     "prediction without a checkpoint": (par, lambda t, f: ["--predict", t], "--predict needs --eval"),
     "comparison without a checkpoint": (reid, lambda t, f: ["--compare"], "needs --init"),
     "embedding without a checkpoint": (reid, lambda t, f: ["--embed", t / "x.npz"], "--embed needs --eval"),
-    "search without a gallery": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--search", t], "--search needs --eval"),
+    "search without a gallery": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--search", t], "--search goes with --eval"),
+    "a gallery without a search": (reid, lambda t, f: ["--gallery", t], "--search goes with --eval"),
+    "embeddings over the checkpoint": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--embed", f / "reid_best.pt"], "ends in .npz"),
     "nothing to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t / "none"], "does not exist"),
     "no image to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t], "No image could be read"),
     "no checkpoint": (par, lambda t, f: ["--eval", t / "none.pt"], "does not exist"),
@@ -798,9 +812,9 @@ BROKEN_ARGUMENTS = {
     "a future version": (reid, lambda t, f: ["--init", save_broken(t / "x.pt", "par", version=2)], "is not a checkpoint of this version"),
     "a checkpoint that lacks its split": (reid, lambda t, f: ["--init", save_broken(t / "x.pt", "par", model={})], "is not a checkpoint of this version"),
     "another size than the checkpoint's": (reid, lambda t, f: ["--init", f / "par_best.pt", "--size", "64x32"], "was trained with --size 128x64"),
-    "training and scoring at once": (reid, lambda t, f: ["--init", f / "par_best.pt", "--eval", f / "reid_best.pt"], "pass one of them"),
-    "an output that is a folder": (par, lambda t, f: ["--out", t], "is no name for this file"),
-    "an output over its own record": (par, lambda t, f: ["--out", t / "p.json"], "is no name for this file"),
+    "training and scoring at once": (reid, lambda t, f: ["--init", f / "par_best.pt", "--eval", f / "reid_best.pt"], "not allowed with argument --init"),
+    "an output that is a folder": (par, lambda t, f: ["--out", t], "is no name for the file"),
+    "an output over its own record": (par, lambda t, f: ["--out", t / "p.json"], "is no name for the file"),
     "a batch of one": (par, lambda t, f: ["--batch", 1], "1 is not at least 2"),
     "weights that are none": (par, lambda t, f: ["--weights", f / "par_best.pt"], "is not a state dict"),
     "weights that do not exist": (par, lambda t, f: ["--weights", t / "none.pth"], "does not exist"),
@@ -829,6 +843,14 @@ def test_identities_of_a_single_crop_give_no_triplet(tmp_path, capsys):
     common.draw_market(tmp_path, 6, 1, seed=0)
     assert call(reid, "--data", tmp_path, "--out", tmp_path / "r.pt") == 2
     check_sentence(capsys, "No triplet can be formed")
+
+
+def test_validation_seen_by_one_camera_is_told_before_training(market, tmp_path, capsys):
+    root = copy_of(market, tmp_path)
+    for path in (root / "bounding_box_train").iterdir():
+        path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s")))
+    assert call(reid, "--data", root, "--out", tmp_path / "r.pt") == 2
+    check_sentence(capsys, "No validation identity is seen by two cameras")
 
 
 def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(market, tmp_path, capsys, monkeypatch):
