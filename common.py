@@ -974,8 +974,9 @@ class Brush:
         return [(SCALE * (self.middle + x * self.unit), SCALE * (self.feet - y * self.unit)) for x, y in points]
 
     def box(self, x0, y0, x1, y1, colour, corner=0.0):
-        corners = self.at((min(x0, x1), max(y0, y1)), (max(x0, x1), min(y0, y1)))
-        self.pen.rounded_rectangle(corners, corner * self.unit * SCALE, colour)
+        (left, top), (right, bottom) = self.at((min(x0, x1), y1), (max(x0, x1), y0))
+        radius = max(0, min(corner * self.unit * SCALE, (right - left) / 2 - 1, (bottom - top) / 2 - 1))
+        self.pen.rounded_rectangle([left, top, right, bottom], radius, colour)
 
     def dot(self, x, y, rx, ry, colour):
         self.pen.ellipse(self.at((x - rx, y + ry), (x + rx, y - ry)), colour)
