@@ -8,6 +8,7 @@ rotates them in one batch, and runs one forward and one backward pass. `fit` is 
 [report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
 """
 import argparse
+import contextlib
 import csv
 import ctypes
 import json
@@ -346,7 +347,7 @@ def learning_rate(step, steps, peak, warmup):
 
 def autocast(device):
     """bfloat16 where the processor computes in it, float32 elsewhere (where emulation would only cost time)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16) if precision(device) == "bfloat16" else contextlib.nullcontext()
 
 
 def precision(device):
