@@ -257,7 +257,7 @@ def augment(crops, affine):
 class MatrixConv2d(nn.Conv2d):
     """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps.
 
-    oneDNN is at a third of the processor's matrix rate on layer4's maps of 4x2 pixels; this takes half its time there.
+    oneDNN is slow on layer4's maps of 4x2 pixels; forward and backward take half to two thirds of its time this way.
     """
 
     def forward(self, x):
@@ -493,7 +493,7 @@ def flat(tensor):
 
 
 def keep_memory():
-    """Have glibc keep freed blocks for the next step: else each is mapped and zeroed anew, a seventh of a step."""
+    """Have glibc keep freed blocks for the next step, instead of mapping and zeroing each of them anew."""
     if sys.platform == "linux":
         try:
             mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -25,9 +25,9 @@ import common
 import par
 from common import UserError
 
-# Of the triplet loss, in squared distance; the report gives none. When stage 2 starts on Market-1501's training half,
-# the median squared distance is 14 to a positive and 49 to a negative: a margin of 40 goes on pushing what is apart
-# already and overfits, one of 1 leaves few triplets a loss. README has figures.
+# Of the triplet loss, in squared distance; the report gives none. Of 1, 10 and 40, 10 had the highest validation mAP
+# after an epoch on Market-1501 (README). Stage 1 has set most training identities apart: a small margin leaves few
+# triplets a loss, a large one goes on pushing what is apart already.
 MARGIN = 10.0
 
 
