@@ -124,7 +124,9 @@ class EmbeddingNet(nn.Module):
         self.embed = nn.Sequential(nn.ReLU(), nn.Linear(512, dim))
 
     def forward(self, crops):
-        return self.embed(self.backbone(crops))
+        features = self.backbone(crops)
+        with torch.autocast(features.device.type, enabled=False):  # distances deserve more than bfloat16's three digits
+            return self.embed(features.float())
 
 
 def triplet_loss(anchor, positive, negative, margin):
