@@ -43,10 +43,10 @@ def cluster_histograms(images, clusters, seed=0):
     if len(images) == 0:
         raise UserError("There are no crops to cluster.")
     histograms = []
-    for part in images.split(512):
-        red, green, blue = (part[:, channel].flatten(1).int() >> 5 for channel in range(3))
-        row = torch.arange(len(part), dtype=torch.int32, device=part.device)[:, None]
-        codes = row << 9 | red << 6 | green << 3 | blue
+    for part in images.split(64):  # 64 crops of 512 bins fill an int16
+        red, green, blue = part.transpose(0, 1).flatten(2) >> 5
+        row = torch.arange(len(part), dtype=torch.int16, device=part.device)[:, None]
+        codes = row << 9 | red.short() << 6 | green << 3 | blue
         histograms.append(torch.bincount(codes.flatten(), minlength=512 * len(part)))
     histograms = torch.cat(histograms).view(-1, 512)
     points = (histograms / histograms.sum(1, keepdim=True)).sqrt()
@@ -59,7 +59,7 @@ def cluster_histograms(images, clusters, seed=0):
         mass = nearest.cumsum(0)
         pick = torch.searchsorted(mass, (draw * mass[-1]).view(1)).clamp(max=len(points) - 1)
         centres = torch.cat([centres, points[pick]])
-        nearest = torch.minimum(nearest, (2 - 2 * points @ points[pick][0]).clamp(min=0))
+        nearest = torch.minimum(nearest, (2 - 2 * (points @ points[pick][0])).clamp(min=0))
     assigned = None
     for _ in range(50):  # Lloyd's iterations; points have length 1, so the nearest centre needs no |x|^2
         closest = (points @ centres.T - centres.square().sum(1) / 2).argmax(1)
