@@ -118,8 +118,12 @@ def read_crops(paths, size):
             # Pillow is slower, reads more, and says which file it is. (torchvision 0.29 announces that its decoder
             # will go one day: that is the AttributeError.)
             decoded = [read_image(p) for p in batch]
-        for i, crop in enumerate(decoded, start):
-            crops[i] = resize(crop, list(size), antialias=True)  # returned as it is where the size already fits
+        here = crops[start:start + len(batch)]
+        if all(crop.shape[1:] == tuple(size) for crop in decoded):
+            torch.stack(decoded, out=here)
+        else:
+            for i, crop in enumerate(decoded):
+                here[i] = resize(crop, list(size), antialias=True)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(read, range(0, len(paths), 512)))
@@ -266,8 +270,7 @@ class MatrixConv2d(nn.Conv2d):
         s, (h, w) = self.stride[0], x.shape[2:]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         near = torch.cat([padded[:, i:i + h:s, j:j + w:s] for i in range(3) for j in range(3)], 3)  # [B, h/s, w/s, 9C]
-        y = near.flatten(0, 2) @ self.weight.permute(0, 2, 3, 1).flatten(1).T
-        return y.view(*near.shape[:3], -1).permute(0, 3, 1, 2)
+        return F.linear(near, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
 
 
 class Backbone(nn.Module):
