@@ -187,16 +187,21 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
         part &= keep.bool()
         match &= part
     ranked = distances.masked_fill(~part, torch.inf)
-    # NumPy sorts floats several times faster than torch on a CPU. Only values are sorted; ranks come from searching
-    # for the few matches among them, ties from counting.
-    ordered = ranked.sort(1)[0] if ranked.is_cuda else torch.from_numpy(np.sort(ranked.numpy(), 1))
     rows, columns = match.nonzero(as_tuple=True)
     found = match.sum(1)
     place = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]
     values = torch.full((len(total), max(1, int(found.max()))), torch.inf, dtype=ranked.dtype, device=rows.device)
     values[rows, place] = ranked[rows, columns]
-    before = torch.searchsorted(ordered, values)
-    tied = ((torch.searchsorted(ordered, values, right=True) - before)[rows, place] > 1).nonzero()[:, 0]
+    # Counting beats sorting: a histogram of the row, whose bins end at each match's distance and at the float just
+    # below it, says how many crops are nearer than that match, and how many are no farther.
+    below = torch.nextafter(values, torch.full_like(values, -torch.inf))
+    ends = torch.cat([below, values], 1).sort(1)[0]
+    bins = ends.shape[1] + 1
+    cells = torch.searchsorted(ends, ranked, out_int32=True)
+    cells += torch.arange(0, bins * len(ends), bins, dtype=torch.int32, device=rows.device)[:, None]
+    counts = torch.bincount(cells.flatten(), minlength=bins * len(ends)).view(-1, bins).cumsum(1)
+    before, up_to = (counts.gather(1, torch.searchsorted(ends, v)) for v in (below, values))
+    tied = ((up_to - before)[rows, place] > 1).nonzero()[:, 0]
     index = torch.arange(ranked.shape[1], device=rows.device)
     for t in tied.split(chunk_rows(ranked.shape[1])):
         r, c = rows[t], columns[t]
@@ -227,9 +232,11 @@ def mean_metrics(parts):
 
 def distance_chunks(query, gallery):
     """Yield (slice of queries, Euclidean distances [C, G]) in bounded memory; a crop's distance to itself is +inf."""
-    rows = chunk_rows(len(gallery.ids))
+    rows, squares = chunk_rows(len(gallery.ids)), gallery.features.square().sum(1)
     for i in range(0, len(query.ids), rows):
-        distances = torch.cdist(query.features[i:i + rows], gallery.features)
+        part = query.features[i:i + rows]
+        distances = torch.addmm(squares, part, gallery.features.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
+        distances.clamp_(min=0).sqrt_()  # torch.cdist would copy the gallery for each chunk
         if query is gallery:
             distances.diagonal(i).fill_(torch.inf)
         yield slice(i, i + rows), distances
@@ -261,20 +268,21 @@ def score_selections(query, gallery, selections, cross_camera):
     selections: dict of name -> function of distances [C, G] and of the number of predicted attributes that differ
     [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all.
     """
-    parts = {name: [] for name in selections}
+    parts, hot = {name: [] for name in selections}, None
+    if gallery.attributes is not None:
+        hot = one_hot(query.attributes), one_hot(gallery.attributes)
     for rows, distances in distance_chunks(query, gallery):
-        differ = None if gallery.attributes is None else differing(query.attributes[rows], gallery.attributes)
+        differ = hot and len(common.ATTRIBUTES) - hot[0][rows] @ hot[1].T
         for name, select in selections.items():
             parts[name].append(rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids,
                                             gallery.cameras, select(distances, differ), cross_camera))
     return {name: mean_metrics(part) for name, part in parts.items()}
 
 
-def differing(query, gallery):
-    """Number of predicted attributes that differ, 0 to 12: int64 [Q, 12], [G, 12] -> [Q, G], one matrix product."""
-    sizes = [len(names) for names in common.ATTRIBUTES.values()]
-    hot = [torch.cat([F.one_hot(side[:, k], n) for k, n in enumerate(sizes)], 1).float() for side in (query, gallery)]
-    return len(sizes) - hot[0] @ hot[1].T
+def one_hot(attributes):
+    """Classes int64 [N, 12] -> float32 [N, 47]; a product of two such matrices counts the attributes that agree."""
+    return torch.cat([F.one_hot(attributes[:, k], len(names)) for k, names in enumerate(common.ATTRIBUTES.values())],
+                     1).float()
 
 
 def selections(threshold, hamming):
@@ -448,7 +456,7 @@ def search(args, checkpoint):
     nearest = torch.cdist(query.features, gallery.features).topk(min(args.top, len(crops)), largest=False)
     same = None
     if attribute_net:
-        same = len(common.ATTRIBUTES) - differing(query.attributes, gallery.attributes).int()
+        same = (one_hot(query.attributes) @ one_hot(gallery.attributes).T).int()
     rows = []
     for i, path in enumerate(asked):
         found = list(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()))
