@@ -363,15 +363,35 @@ def precision(device):
     return "bfloat16" if native else "float32"
 
 
+def place(crops, device):
+    """Put crops on the device for good; where they would take half of a GPU's free memory, leave them to the host.
+
+    `fit` and `infer` then copy the rows that they need.
+    """
+    if device.type == "cuda" and crops.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+        print(f"The crops, {crops.numel() / 2**30:.1f} GiB, stay in the host's memory: the GPU has too little free.")
+        return crops
+    return crops.to(device)
+
+
+def take(crops, rows, device):
+    """crops[rows] on the device. From the host by way of pinned memory, so that the copy does not make it wait."""
+    if crops.device == device:
+        return crops[rows]
+    chosen = crops[rows.cpu()]
+    return (chosen.pin_memory() if device.type == "cuda" else chosen).to(device, non_blocking=True)
+
+
 def infer(model, crops, rows=None):
     """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
     batch = max(1, 512 * 128 * 64 // crops[0, 0].numel())
     device, outputs, several = next(model.parameters()).device, [], False
     rows = torch.arange(len(crops)) if rows is None else rows
+    rows = rows.to(crops.device)
     model.eval()
     with torch.inference_mode(), autocast(device):
-        for chunk in rows.to(crops.device).split(batch):
-            out = model(crops[chunk].to(device))
+        for chunk in rows.split(batch):
+            out = model(take(crops, chunk, device))
             several = isinstance(out, list)
             outputs.append(out if several else [out])
         merged = [torch.cat(parts).float() for parts in zip(*outputs)]
@@ -384,7 +404,7 @@ def infer(model, crops, rows=None):
 def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
 
-    crops       uint8 [N, 3, H, W] on the device
+    crops       uint8 [N, 3, H, W], as from `place`
     plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` that make an item
     criterion   (outputs of the model for k x B crops, int64 rows [B] or [B, k]) -> scalar loss
     validate    () -> dict of figures; the first decides which epoch is best and when to stop early
@@ -395,13 +415,31 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     are others in each epoch. After each epoch `last_path(out)` holds all that --resume needs. Returns the best epoch's
     row.
     """
-    device, out = crops.device, Path(args.out)
+    device, out = next(model.parameters()).device, Path(args.out)
     generator = torch.Generator().manual_seed(args.seed)
     parameters = list(model.parameters())
     # One-dimensional views of the same memory: AdamW's fused kernel would first copy a channels-last tensor.
     dense = [flat(p.detach()) for p in parameters]
-    optimizer = torch.optim.AdamW(dense, lr=args.lr, fused=True)
-    best, first, start, spent = None, 1, time.perf_counter(), 0.0
+    cuda = device.type == "cuda"
+    rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
+    optimizer = torch.optim.AdamW(dense, lr=rate, fused=True)
+
+    def step(pixels, warp, now):
+        x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
+        with autocast(device):
+            loss = criterion(model(x), now)
+        model.zero_grad()
+        optimizer.zero_grad()
+        loss.backward()
+        for view, p in zip(dense, parameters):
+            view.grad = None if p.grad is None else flat(p.grad)
+        for group in optimizer.param_groups:
+            group.update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
+        optimizer.step()
+        return loss.detach()
+
+    run_step = graphed(step) if cuda else step
+    best, first, spent = None, 1, {"training": 0.0, "validation": 0.0}
     if args.resume and last_path(out).exists():
         last = load_checkpoint(last_path(out), checkpoint["kind"])
         changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
@@ -429,41 +467,35 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         steps, width = len(items) // batch, items[0].numel()
         affine = random_affine(items.numel(), crops.shape[2:], generator).view(*items.shape, 2, 3).to(device)
         kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
-        items, losses, begin = items.to(device), torch.zeros(steps, device=device), time.perf_counter()
-        shown = begin
+        sources, items = items.to(crops.device), items.to(device)
+        losses, begin = torch.zeros(steps, device=device), time.perf_counter()
+        shown, watched = begin, device.type == "cpu" or sys.stderr.isatty()
         model.train()
-        for step in range(steps):
-            now = slice(step * batch, (step + 1) * batch)
-            lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for k in range(steps):
+            now = slice(k * batch, (k + 1) * batch)
+            lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
+            rate.fill_(lr)
             # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
-            rows, warp = items[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
-            x = augment(crops[rows], warp)  # not under autocast: bfloat16 coordinates would shake the pixels
-            with autocast(device):
-                loss = criterion(model(x), items[now])
-            model.zero_grad()
-            loss.backward()
-            for view, p in zip(dense, parameters):
-                view.grad = None if p.grad is None else flat(p.grad)
-            optimizer.step()
-            losses[step] = loss.detach()
-            if step + 1 == steps or time.perf_counter() - shown > 0.5:  # the only moments at which the host waits
-                done = losses[:step + 1]
+            rows, warp = sources[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
+            losses[k] = run_step(take(crops, rows, device), warp, items[now])
+            # Only here does the host wait for a GPU: at the end of an epoch, and twice a second if someone is watching.
+            if k + 1 == steps or watched and time.perf_counter() - shown > 0.5:
+                done = losses[:k + 1]
                 if not done.isfinite().all():
                     bad = int(done.isfinite().int().argmin())
                     raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. "
                                     "Try a lower --lr.")
                 shown = time.perf_counter()
-                speed = (step + 1) * batch * width / (shown - begin)
-                left = round(((args.epochs - epoch + 1) * steps - step - 1) * batch * width / speed)
-                progress(f"epoch {epoch}/{args.epochs}  step {step + 1}/{steps}  loss {done.mean().item():.4f}  "
+                speed = (k + 1) * batch * width / (shown - begin)
+                left = round(((args.epochs - epoch + 1) * steps - k - 1) * batch * width / speed)
+                progress(f"epoch {epoch}/{args.epochs}  step {k + 1}/{steps}  loss {done.mean().item():.4f}  "
                          f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
         row = {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
                "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
         progress(f"epoch {epoch}/{args.epochs}  validating")
         try:
-            figures = validate()
+            with timed(spent, "validation"):
+                figures = validate()
         except UserError as error:
             raise UserError(f"{error} This was after epoch {epoch}; {kept}.") from None
         row.update(figures)
@@ -475,19 +507,48 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
                 os.replace(out, out.with_suffix(".old.pt"))  # an earlier run's best is not lost
             best = row
             save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
-        seconds = spent + time.perf_counter() - start
-        record["seconds"]["training and validation"] = round(seconds, 1)
+        spent["training"] += row["seconds"]
+        record["seconds"] |= {what: round(seconds, 1) for what, seconds in spent.items()}
         write_record(out, record)
         save_checkpoint(last_path(out), dict(
             checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
             rng=torch.get_rng_state(),
             device_rng=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
-            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=seconds))
+            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent))
         progress("")
         print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
               + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
     model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
     return best
+
+
+def graphed(step, warmup=3):
+    """The same step for CUDA, where a batch of crops takes less time than launching its thousand kernels one by one.
+
+    The first steps run as they are: cuDNN chooses its algorithms, AdamW makes its state. Then one is recorded, without
+    being run, as a CUDA graph; it and all later ones replay that, on new values in the same memory.
+    """
+    stream, calls, graph, inputs, loss = torch.cuda.Stream(), 0, None, None, None
+
+    def run_step(*values):
+        nonlocal calls, graph, inputs, loss
+        calls += 1
+        if calls <= warmup:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                early = step(*values)
+            torch.cuda.current_stream().wait_stream(stream)
+            return early
+        if graph is None:
+            inputs, graph = [v.clone() for v in values], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                loss = step(*inputs)
+        for kept, value in zip(inputs, values):
+            kept.copy_(value)
+        graph.replay()
+        return loss
+
+    return run_step
 
 
 def flat(tensor):
@@ -664,7 +725,8 @@ def shared_flags(parser, epochs, lr, out):
 
 
 def start(args, path=None, checkpoint=None, data=True):
-    """Settle device, size, data and weights, and say so: -> device. Fills args.size, .data, .demo, .weights, .device.
+    """Settle device, size, data and weights, and say so: -> device. Fills args.size, .data, .demo, .weights, .device,
+    .seconds.
 
     A checkpoint, read from `path`, decides the size. Without --data the demo set is drawn, if it has not been.
     """
@@ -673,7 +735,8 @@ def start(args, path=None, checkpoint=None, data=True):
         raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: "
                         f"pass --device {best}.")
     device = torch.device(best if args.device == "auto" else args.device)
-    args.device = device.type
+    args.device, args.seconds = device.type, {}
+    torch.backends.cudnn.benchmark = True  # shapes do not change: the time to choose an algorithm comes back
     keep_memory()
     saved = checkpoint and tuple(checkpoint["args"]["size"])
     if saved and args.size not in (None, saved):
@@ -703,15 +766,30 @@ def start(args, path=None, checkpoint=None, data=True):
     return device
 
 
+@contextlib.contextmanager
+def timed(seconds, what):
+    """Add the seconds that a block takes to seconds[what]."""
+    begin = time.perf_counter()
+    yield
+    seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - begin, 2)
+
+
+def say_seconds(seconds):
+    """Print where the time went, and the peak memory."""
+    memory = " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items() if mb)
+    print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
+          + (f"; peak memory {memory}" if memory else ""))
+
+
 def new_record(args):
     """What a record says before the first epoch."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "torchvision": str(torchvision.__version__)}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "seconds"}
     return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
             "machine": f"{platform.platform()}, {os.cpu_count()} cores",
             "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
-            "epochs": [], "final": {}, "seconds": {}}
+            "epochs": [], "final": {}, "seconds": dict(args.seconds)}
 
 
 def run(main):

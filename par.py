@@ -121,9 +121,9 @@ def train(args, market, split, crops, state):
     """Train with args.loss, write checkpoint, record and curves: -> (accuracy [12], f1 [12]) on validation."""
     chosen, held = split
     torch.manual_seed(args.seed)  # the same start for each loss
-    model = AttributeNet(args.dropout, state).to(crops.device)
-    labels = market.labels.to(crops.device)
-    weights = [w.to(crops.device) for w in class_weights(market.labels[chosen])]
+    model = AttributeNet(args.dropout, state).to(args.device)
+    labels = market.labels.to(args.device)
+    weights = [w.to(args.device) for w in class_weights(market.labels[chosen])]
     pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
 
     def validate():
@@ -138,11 +138,13 @@ def train(args, market, split, crops, state):
     best = common.fit(model, crops, lambda generator: pool[torch.randperm(len(pool), generator=generator)],
                       lambda logits, rows: attribute_loss(logits, labels[rows], args.loss, weights, args.gamma),
                       validate, args, checkpoint, record)
-    accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
+    with common.timed(record["seconds"], "scoring"):
+        accuracy, f1 = score(predict(model, crops, validation), market.labels[validation])
     guess = commonest(market.labels[validation], market.labels[chosen])
     record["final"] = {"best epoch": best["epoch"], "validation": figures(accuracy, f1), "commonest": figures(*guess)}
     common.write_record(args.out, record)
     common.curves(args.out.with_suffix(".png"), record, f"Stage 1, {LOSSES[args.loss]}")
+    common.say_seconds(record["seconds"])
     return accuracy, f1
 
 
@@ -174,16 +176,18 @@ def show(title, columns, commonest=None):
 def evaluate(args, checkpoint):
     """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
     model = load(args, checkpoint)
-    market = load_train(args)
+    with common.timed(args.seconds, "loading"):
+        market, test = load_train(args), common.load_market(args.data, "gallery", args.size)
     chosen, held = common.saved_split(checkpoint, market.person_ids, args.eval)
-    test = common.load_market(args.data, "gallery", args.size)
     for name, part, rows in (("validation", market, held), ("test", test, test.labels[:, 0] >= 0)):
         if not rows.any():
             print(f"\nThe {name} crops have no annotations: not scored.")
             continue
-        accuracy, f1 = score(predict(model, part.images, rows.nonzero()[:, 0]), part.labels[rows])
+        with common.timed(args.seconds, "scoring"):
+            accuracy, f1 = score(predict(model, part.images, rows.nonzero()[:, 0]), part.labels[rows])
         title = f"{args.eval} on {int(rows.sum())} {name} crops of {len(part.person_ids[rows].unique())} identities (%)"
         show_one(title, accuracy, f1, part.labels[rows], market.labels[chosen])
+    common.say_seconds(args.seconds)
 
 
 def show_one(title, accuracy, f1, labels, reference):
@@ -201,7 +205,7 @@ def predict_files(args, checkpoint):
     """Write the attributes of the user's own images, and of all images in folders, as CSV on standard output."""
     model = load(args, checkpoint)
     paths, crops = common.read_user_images(args.predict, args.size)
-    logits = common.infer(model, crops.to(args.device))
+    logits = common.infer(model, crops)
     best = [z.softmax(1).cpu().max(1) for z in logits]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
@@ -254,10 +258,11 @@ def main():
 
     common.check_output(args.out)
     state = common.backbone_weights(args.weights)
-    market = load_train(args)
+    with common.timed(args.seconds, "loading"):
+        market = load_train(args)
+        crops = common.place(market.images, device)
     split = common.split_identities(market.person_ids, seed=args.seed)
     truth, reference = market.labels[split[1]], market.labels[split[0]]
-    crops = market.images.to(device)
     if args.loss != "all":
         return show_one(f"{args.out} on validation (%)", *train(args, market, split, crops, state), truth, reference)
     scores = {}

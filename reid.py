@@ -12,7 +12,6 @@
 Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -325,18 +324,19 @@ def train(args, initial, market, split, crops, state):
     model = EmbeddingNet(args.dim, None if initial else state)
     attribute_net = None
     if initial:
-        attribute_net = common.load_weights(par.AttributeNet(), initial["model"], args.init).to(crops.device)
+        attribute_net = common.load_weights(par.AttributeNet(), initial["model"], args.init).to(args.device)
         model.backbone.load_state_dict(attribute_net.backbone.state_dict())
-    model.to(crops.device)
+    model.to(args.device)
     pool, validation = chosen.nonzero()[:, 0], held.nonzero()[:, 0]
     sample_triplets(market.person_ids[pool], torch.zeros_like(pool))  # what cannot be trained or scored is told at once
     seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
     if len(seen) == len(seen.unique()):
         raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
-    begin = time.perf_counter()
-    clusters = torch.zeros(len(pool), dtype=torch.int64) if args.negatives == "random" else \
-        cluster_histograms((crops if crops.is_cuda else market.images)[chosen], args.clusters, args.seed).cpu()
-    clustering = time.perf_counter() - begin
+    record = common.new_record(args) | {"transfer": bool(initial),
+                                        "images": {"train": len(pool), "validation": len(validation)}}
+    with common.timed(record["seconds"], "clustering"):
+        clusters = torch.zeros(len(pool), dtype=torch.int64) if args.negatives == "random" else \
+            cluster_histograms((crops if crops.is_cuda else market.images)[chosen], args.clusters, args.seed).cpu()
 
     def plan(generator):
         return pool[sample_triplets(market.person_ids[pool], clusters, generator)]
@@ -347,25 +347,24 @@ def train(args, initial, market, split, crops, state):
         across, report = (score_selections(here, here, every, cross)["none"] for cross in (True, False))
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
 
-    record = common.new_record(args) | {"transfer": bool(initial),
-                                        "images": {"train": len(pool), "validation": len(validation)}}
-    record["seconds"]["clustering"] = round(clustering, 2)
     checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique(),
                   "attributes": initial and initial["model"]}
     start = "stage 1" if initial else f"weights {args.weights}"
     print(f"\nFrom {start}: {len(pool)} anchors, negatives from "
-          + ("anywhere" if args.negatives == "random" else f"{int(clusters.max()) + 1} clusters ({clustering:.1f} s)")
+          + ("anywhere" if args.negatives == "random" else f"{int(clusters.max()) + 1} clusters")
           + f"; {len(validation)} validation crops, each a query")
     best = common.fit(model, crops, plan, lambda features, rows: triplet_loss(*features.float().chunk(3), args.margin),
                       validate, args, checkpoint, record)
 
-    here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
-    results, threshold, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
+    with common.timed(record["seconds"], "scoring"):
+        here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
+        results, threshold, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
     record["final"] = {"best epoch": best["epoch"], "threshold": threshold, "hamming": hamming, "validation": results}
     common.write_record(args.out, record)
     common.curves(args.out.with_suffix(".png"), record, f"Stage 2, from {start}")
     figure_3(args.out.with_name(args.out.stem + "_distances.png"), here, here, threshold)
+    common.say_seconds(record["seconds"])
     return results
 
 
@@ -421,16 +420,19 @@ def evaluate(args, checkpoint):
     The Hamming parameter is tuned on validation and then used on test.
     """
     model, attribute_net = load(args, checkpoint)
-    market = common.load_market(args.data, "train", args.size)
+    with common.timed(args.seconds, "loading"):
+        market, *test = (common.load_market(args.data, part, args.size) for part in ("train", "query", "gallery"))
     held = common.saved_split(checkpoint, market.person_ids, args.eval)[1].nonzero()[:, 0]
-    here = embed(model, attribute_net, market.images, market.person_ids, market.camera_ids, held)
-    *_, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
-    query, gallery = (embed(model, attribute_net, part.images, part.person_ids, part.camera_ids)
-                      for part in (common.load_market(args.data, name, args.size) for name in ("query", "gallery")))
+    with common.timed(args.seconds, "embedding"):
+        here = embed(model, attribute_net, market.images, market.person_ids, market.camera_ids, held)
+        query, gallery = (embed(model, attribute_net, p.images, p.person_ids, p.camera_ids) for p in test)
     real = gallery.ids != -1  # junk takes no part in anything, the threshold's mean included
     gallery = Crops(*(v if v is None else v[real] for v in vars(gallery).values()))
-    title = f"{args.eval}, test set, {len(gallery.ids)} gallery crops"
-    report(args, query, gallery, title, hamming, ("across cameras",))
+    with common.timed(args.seconds, "ranking"):
+        *_, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
+        title = f"{args.eval}, test set, {len(gallery.ids)} gallery crops"
+        report(args, query, gallery, title, hamming, ("across cameras",))
+    common.say_seconds(args.seconds)
 
 
 def export(args, checkpoint):
@@ -510,10 +512,11 @@ def main():
 
     common.check_output(args.out)
     state = None if checkpoint and not args.compare else common.backbone_weights(args.weights)
-    market = par.load_train(args, labels=False)
+    with common.timed(args.seconds, "loading"):
+        market = par.load_train(args, labels=False)
+        crops = common.place(market.images, device)
     split = common.saved_split(checkpoint, market.person_ids, path) if checkpoint else \
         common.split_identities(market.person_ids, seed=args.seed)
-    crops = market.images.to(device)
     results = train(args, checkpoint, market, split, crops, state)
     if args.compare:
         out = args.out.with_stem(args.out.stem + "_without")

@@ -2,6 +2,7 @@
 
     pytest            needs neither network nor data
 """
+import contextlib
 import csv
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -716,6 +718,50 @@ def test_both_stages_on_an_accelerator(device, market, tmp_path, monkeypatch):
     assert call(reid, "--data", market, "--epochs", 1, "--batch", 8, "--device", device, "--init", tmp_path / "p.pt",
                 "--out", tmp_path / "r.pt") == 0
     assert call(reid, "--data", market, "--device", device, "--eval", tmp_path / "r.pt") == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
+def test_graph_plain_steps_and_crops_on_the_host_train_alike_on_cuda(market, tmp_path, monkeypatch):
+    def losses(out):
+        assert call(par, "--data", market, "--epochs", 3, "--batch", 8, "--device", "cuda", "--out", out) == 0
+        return [row["loss"] for row in json.loads(out.with_suffix(".json").read_text())["epochs"]]
+
+    graph = losses(tmp_path / "graph.pt")
+    monkeypatch.setattr(common, "place", lambda crops, device: crops)
+    assert losses(tmp_path / "host.pt") == pytest.approx(graph, rel=0.02)  # cuDNN's sums differ from run to run
+    monkeypatch.setattr(common, "graphed", lambda step: step)
+    assert losses(tmp_path / "plain.pt") == pytest.approx(graph, rel=0.02)
+
+
+def test_a_graph_replays_one_recorded_step_on_new_values(monkeypatch):
+    """The book-keeping around a CUDA graph, with a stand-in whose replay repeats what was recorded, where it lies."""
+    calls = []
+
+    def step(x, y):
+        calls.append((x, y, x + 2 * y))
+        return calls[-1][2]
+
+    class Graph:
+        def replay(self):
+            x, y, out = calls[3]
+            out.copy_(x + 2 * y)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph,
+                           "stream": lambda s: contextlib.nullcontext(),
+                           "graph": lambda graph, stream: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    run_step, values = common.graphed(step), torch.arange(12.0).view(6, 2)
+    results = [run_step(v, v + 1).clone() for v in values]
+    assert torch.equal(torch.stack(results), values + 2 * (values + 1))
+    assert len(calls) == 4  # three as they are, one to record
+
+
+def test_crops_that_do_not_fit_a_gpu_stay_on_the_host(monkeypatch, capsys):
+    crops, cuda = torch.zeros(10, 3, 8, 4, dtype=torch.uint8), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 960 - 1, 10**6))
+    assert common.place(crops, cuda) is crops and "stay in the host's memory" in capsys.readouterr().out
+    assert torch.equal(common.take(crops + 1, torch.tensor([1, 2]), crops.device), torch.ones_like(crops[:2]))
 
 
 def test_as_a_user_runs_it_without_data(tmp_path, trained):
