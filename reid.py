@@ -167,7 +167,7 @@ def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_camer
 
 
 def chunk_rows(columns):
-    """How many queries to rank at once against `columns` gallery crops: about 80 MB of memory."""
+    """How many queries to rank at once against `columns` gallery crops: about 100 MB of memory."""
     return max(1, 2**22 // max(1, columns))
 
 
@@ -243,22 +243,50 @@ def distance_chunks(query, gallery):
 
 def mean_distance(query, gallery):
     """Mean distance over all pairs of a query and a gallery crop, the threshold of [report] section 4.2.1."""
-    total = pairs = 0
-    for _, distances in distance_chunks(query, gallery):
-        finite = distances[distances.isfinite()]
-        total, pairs = total + finite.sum(dtype=torch.float64).item(), pairs + len(finite)
-    return total / pairs
+    total = sum(distances.masked_fill_(distances.isposinf(), 0).sum(dtype=torch.float64)
+                for _, distances in distance_chunks(query, gallery))
+    return (total / (len(query.ids) * len(gallery.ids) - (len(query.ids) if query is gallery else 0))).item()
 
 
-def distance_histograms(query, gallery, bins=100):
-    """Of all pairs and of matches (one identity, two cameras): bin edges [bins + 1], pairs [bins], matches [bins]."""
-    top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
+def distance_histograms(query, gallery, top=None, bins=1000):
+    """How the distances of pairs from two cameras lie: a dict of edges [bins + 1], and pairs in each bin, [bins], that
+    are matches and that are others (two identities). The last edge is `top`, by default the largest distance."""
+    if top is None:
+        top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
     counts = torch.zeros(2, bins, dtype=torch.float64)
     for rows, distances in distance_chunks(query, gallery):
-        match = (gallery.ids == query.ids[rows, None]) & (gallery.cameras != query.cameras[rows, None])
-        both = distances[distances.isfinite()], distances[match]
-        counts += torch.stack([torch.histc(d, bins, 0, top).cpu() for d in both])
-    return torch.linspace(0, top, bins + 1, dtype=torch.float64), *counts
+        same = gallery.ids == query.ids[rows, None]
+        match = same & (gallery.cameras != query.cameras[rows, None])
+        counts += torch.stack([torch.histc(distances[which].clamp(max=top), bins, 0, top).cpu()
+                               for which in (match, ~same)])
+    return {"edges": torch.linspace(0, top, bins + 1, dtype=torch.float64), "matches": counts[0], "others": counts[1]}
+
+
+def rates(curve, prevalence=None):
+    """Of calling pairs nearer than each of edges[1:] one person: (precision [bins], recall [bins]).
+
+    prevalence: the share of matches among the pairs to be judged; by default that of the curve.
+    """
+    recall, wrong = (curve[which].cumsum(0) / curve[which].sum() for which in ("matches", "others"))
+    if prevalence is None:
+        prevalence = curve["matches"].sum() / (curve["matches"].sum() + curve["others"].sum())
+    right = prevalence * recall
+    return right / (right + (1 - prevalence) * wrong).clamp(min=1e-300), recall
+
+
+def same_person(curve, hold=None):
+    """Which distance means "same person": the bin after whose end nothing is called so.
+
+    That of the highest F1 or, to `hold` a precision, the farthest that reaches it.
+    """
+    precision, recall = rates(curve)
+    if hold is None:
+        return int((precision * recall / (precision + recall).clamp(min=1e-300)).argmax())
+    enough = (precision >= hold).nonzero()
+    if not len(enough):
+        raise UserError(f"No distance has a precision of {hold:g} on validation; the highest is {precision.max():.3f}: "
+                        "pass a lower --precision.")
+    return int(enough[-1])
 
 
 def score_selections(query, gallery, selections, cross_camera):
@@ -345,6 +373,7 @@ def train(args, initial, market, split, crops, state):
         here = embed(model, None, crops, market.person_ids, market.camera_ids, validation)
         every = {"none": lambda distances, differ: None}
         across, report = (score_selections(here, here, every, cross)["none"] for cross in (True, False))
+        checkpoint["distances"] = distance_histograms(here, here)
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
 
     checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
@@ -360,10 +389,14 @@ def train(args, initial, market, split, crops, state):
     with common.timed(record["seconds"], "scoring"):
         here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
         results, threshold, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
-    record["final"] = {"best epoch": best["epoch"], "threshold": threshold, "hamming": hamming, "validation": results}
+        curve = distance_histograms(here, here)
+    same = judge(curve, same_person(curve, args.precision), "validation")
+    record["final"] = {"best epoch": best["epoch"], "threshold": threshold, "hamming": hamming, "validation": results,
+                       "same person": same}
     common.write_record(args.out, record)
     common.curves(args.out.with_suffix(".png"), record, f"Stage 2, from {start}")
-    figure_3(args.out.with_name(args.out.stem + "_distances.png"), here, here, threshold)
+    figure_3(args.out.with_name(args.out.stem + "_distances.png"), curve,
+             {f"mean {threshold:.2f}": threshold, f"same person < {same['distance']:.2f}": same["distance"]})
     common.say_seconds(record["seconds"])
     return results
 
@@ -396,15 +429,26 @@ def report(args, query, gallery, title, hamming=None, protocols=("all cameras", 
     return results, threshold, hamming
 
 
-def figure_3(path, query, gallery, threshold):
-    """Draw [report] figure 3: how the distances of matches lie within those of all pairs, and the threshold."""
-    edges, pairs, matches = distance_histograms(query, gallery)
+def judge(curve, at, where, prevalence=None):
+    """Print what to expect of calling pairs nearer than edges[at + 1] one person: -> dict of that, fractions."""
+    share = (curve["matches"].sum() / (curve["matches"].sum() + curve["others"].sum())).item()
+    values = [v[at].item() for v in rates(curve, prevalence)]
+    found = {"distance": curve["edges"][at + 1].item(), "precision": values[0], "recall": values[1],
+             "prevalence": prevalence or share}
+    print(f"same person, {where}: distance < {found['distance']:.3f} has precision {100 * found['precision']:.2f} % and "
+          f"recall {100 * found['recall']:.2f} % where {100 * found['prevalence']:.3f} % of all pairs match")
+    return found
+
+
+def figure_3(path, curve, marks):
+    """Draw [report] figure 3: how the distances of matches lie within those of all pairs; marks: legend -> distance."""
+    edges = curve["edges"][::10]
     centres, width = ((edges[1:] + edges[:-1]) / 2).tolist(), (edges[1] - edges[0]).item()
-    lines = {name: (centres, (counts / counts.sum() / width).tolist())
-             for name, counts in (("all pairs", pairs), ("matches, across cameras", matches))}
+    lines = {name: (centres, (counts.view(-1, 10).sum(1) / counts.sum() / width).tolist())
+             for name, counts in (("all pairs", curve["matches"] + curve["others"]), ("matches", curve["matches"]))}
     common.charts(path, [{
-        "title": "Figure 3: distances between validation crops", "x": "Euclidean distance between embeddings",
-        "y": "density", "lines": lines, "marks": {f"threshold {threshold:.2f}": threshold}}])
+        "title": "Figure 3: distances between validation crops of two cameras",
+        "x": "Euclidean distance between embeddings", "y": "density", "lines": lines, "marks": marks}])
 
 
 def load(args, checkpoint):
@@ -432,6 +476,13 @@ def evaluate(args, checkpoint):
         *_, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
         title = f"{args.eval}, test set, {len(gallery.ids)} gallery crops"
         report(args, query, gallery, title, hamming, ("across cameras",))
+        curve = distance_histograms(here, here)
+        test = distance_histograms(query, gallery, curve["edges"][-1].item())
+    at = same_person(curve, args.precision)
+    judge(curve, at, "validation")
+    share = (test["matches"].sum() / (test["matches"].sum() + test["others"].sum())).item()
+    judge(curve, at, "what that promises for the test set", share)
+    judge(test, at, "what the test set says")
     common.say_seconds(args.seconds)
 
 
@@ -489,6 +540,8 @@ def main():
         "what gives the highest validation mAP)")
     add("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
         "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
+    add("--precision", type=common.number(float, 0, 1), metavar="P", help="call two crops the same person at the farthest "
+        "distance that has this precision on validation (default: the distance of the highest F1)")
     add("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
     add("--search", type=Path, metavar="QUERY", help="with --eval and --gallery: find what is nearest to this image, "
         "or to each in this folder")

@@ -450,19 +450,43 @@ def test_a_threshold_never_raises_map_and_returns_what_it_says():
     ids, cameras = torch.randint(1, 10, (60,), generator=generator), torch.randint(1, 4, (60,), generator=generator)
     features = torch.randn(10, 8, generator=generator)[ids] + 1.2 * torch.randn(60, 8, generator=generator)
     crops = reid.Crops(features, ids, cameras, None)
-    mean, (edges, pairs, matches) = reid.mean_distance(crops, crops), reid.distance_histograms(crops, crops)
+    mean = reid.mean_distance(crops, crops)
     brute = (features[:, None] - features).norm(dim=2)
     off = ~torch.eye(60, dtype=torch.bool)
     assert mean == pytest.approx(brute[off].mean().item(), rel=1e-5)
-    assert pairs.sum() == 60 * 59
-    assert matches.sum() == ((ids[:, None] == ids) & (cameras[:, None] != cameras)).sum()
-    assert edges[-1].item() == pytest.approx(brute.max().item(), rel=1e-5)
     tries = {t: (lambda distances, differ, t=t: distances < t) for t in (0.1, 2.0, mean, 5.0, 99.0)}
     scores = reid.score_selections(crops, crops, tries | {"all": lambda distances, differ: None}, cross_camera=True)
     maps = [scores[t]["mAP"] for t in sorted(tries)]
     assert maps == sorted(maps) and maps[-1] == scores["all"]["mAP"] and maps[0] < maps[2]
     same = (ids[:, None] == ids) & (cameras[:, None] == cameras)  # each crop itself, and its own camera's
     assert scores[mean]["length"] == pytest.approx(((brute < mean) & ~same).sum().item() / 60)
+
+
+def test_same_person_has_the_precision_and_recall_that_counting_gives():
+    generator = torch.Generator().manual_seed(0)
+    ids, cameras = torch.randint(1, 10, (80,), generator=generator), torch.randint(1, 4, (80,), generator=generator)
+    features = torch.randn(10, 8, generator=generator)[ids] + 0.5 * torch.randn(80, 8, generator=generator)
+    crops = reid.Crops(features, ids, cameras, None)
+    curve = reid.distance_histograms(crops, crops)
+    distances, same = (features[:, None] - features).norm(dim=2), ids[:, None] == ids
+    match = same & (cameras[:, None] != cameras)
+    assert curve["edges"][-1].item() == pytest.approx(distances.max().item(), rel=1e-5)
+    precision, recall = reid.rates(curve)
+    f1 = []
+    for k, edge in enumerate(curve["edges"][1:]):
+        near = distances < edge
+        hits, wrong = (near & match).sum().item(), (near & ~same).sum().item()
+        if k % 50 == 0 and hits + wrong:
+            assert precision[k].item() == pytest.approx(hits / (hits + wrong), abs=0.005)  # a pair may lie on an edge
+            assert recall[k].item() == pytest.approx(hits / match.sum().item(), abs=0.005)
+        f1.append(2 * hits / (hits + wrong + match.sum().item()))
+    assert f1[reid.same_person(curve)] == pytest.approx(max(f1), abs=0.005)
+    held = reid.same_person(curve, 0.9)
+    assert precision[held] >= 0.9 and (precision[held + 1:] < 0.9).all()
+    # A prevalence of p is what is left when of the other pairs just enough are drawn, or counted more than once.
+    rarer = {**curve, "others": 7 * curve["others"]}
+    share = (curve["matches"].sum() / (curve["matches"].sum() + 7 * curve["others"].sum())).item()
+    assert torch.allclose(reid.rates(curve, share)[0], reid.rates(rarer)[0])
 
 
 def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
