@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
@@ -154,7 +154,10 @@ def read_user_images(paths, size):
         if not path.exists():
             raise UserError(f"{path} does not exist.")
         inside = path.rglob("*") if path.is_dir() else [path]
-        files += sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
+        found = sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
+        if not found and len(paths) > 1:
+            print(f"Skipped: {path} holds no files.", file=sys.stderr)
+        files += found
     read, crops = [], []
     for path in files:
         try:
@@ -826,7 +829,10 @@ INK, GREY = "#222222", "#8a8a8a"
 
 
 def table(title, header, rows, best=None):
-    """Print rows [name, figures...] under a header; `best` (max or min) marks each row's best figure with a star."""
+    """Print rows [name, figures...] under a header; `best` (max or min) marks each row's best figure with a star.
+
+    A figure is a number, shown with two decimals, or a text; columns with letters in them stand to the left.
+    """
     def cell(value, row):
         if isinstance(value, str):
             return value
@@ -837,17 +843,19 @@ def table(title, header, rows, best=None):
     if best:
         cells[0] = [header[0], *(h + "  " for h in header[1:])]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    sides = ["<" if k == 0 or re.search("[a-z]", "".join(row[k] for row in cells[1:])) else ">"
+             for k in range(len(header))]
     print(f"\n{title}")
     for row in cells:
-        print(f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:])))
+        print("  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths)).rstrip())
     sys.stdout.flush()
 
 
 def charts(path, panels, columns=1, size=(560, 330)):
     """Draw panels, `columns` to a row, into a PNG file twice as large as `size` (width, height) says for each.
 
-    A panel is a dict: title; either bars {category: value} or lines {legend: (xs, ys)} with axis labels x and y and,
-    if wanted, marks {legend: x} drawn as dashed verticals.
+    A panel is a dict: title; then bars {category: value}; or a matrix of counts [n, n], a row per true class, and its
+    classes; or lines {legend: (xs, ys)} with axis labels x and y and, if wanted, marks {legend: x}, dashed verticals.
     """
     scale, (width, height) = 4, size
     picture = Image.new("RGB", (width * columns * scale, height * math.ceil(len(panels) / columns) * scale), "white")
@@ -868,6 +876,21 @@ def charts(path, panels, columns=1, size=(560, 330)):
                 text(left + 114, y, name, "rm")
                 pen.rectangle([c * scale for c in (left + 120, y - 9, left + 120 + length, y + 9)], COLOURS[0])
                 text(left + 125 + length, y, f"{value:.1f} %", "lm", 12)
+            continue
+        if "matrix" in panel:
+            n, x0, y0 = len(panel["classes"]), left + 84, top + 66
+            w, h = (width - 100) / n, min(0.5 * (width - 100) / n, (height - 78) / n)
+            for r, (name, counts) in enumerate(zip(panel["classes"], panel["matrix"].tolist())):
+                text(x0 + (r + 0.5) * w, y0 - 10, name, "mm", 11)
+                text(x0 - 6, y0 + (r + 0.5) * h, name, "rm", 11)
+                for c, count in enumerate(counts):
+                    share = count / sum(counts) if sum(counts) else 0
+                    shade = tuple(round(255 + (v - 255) * share) for v in ImageColor.getrgb(COLOURS[0]))
+                    pen.rectangle([v * scale for v in (x0 + c * w, y0 + r * h, x0 + (c + 1) * w - 1,
+                                                       y0 + (r + 1) * h - 1)], shade)
+                    if count:
+                        text(x0 + (c + 0.5) * w, y0 + (r + 0.5) * h, f"{100 * share:.0f}", "mm", 11,
+                             "white" if share > 0.7 else INK)
             continue
         x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 62
         (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
@@ -908,22 +931,34 @@ def charts(path, panels, columns=1, size=(560, 330)):
     write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
 
 
-def sheet(path, rows, height=256):
-    """Draw crops with captions into a PNG file: rows is a list of lists of (crop uint8 [3, H, W], lines of text)."""
-    width = max(150, round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1]))
-    tall = height + 10 + 18 * max(len(lines) for row in rows for _, lines in row)
-    picture = Image.new("RGB", ((width + 10) * max(map(len, rows)) + 10, (tall + 10) * len(rows) + 10), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+def sheet(path, rows, height=256, beside=False):
+    """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
+
+    A line is a text or a (text, colour). They stand below their crop, or beside it; the longest are cut.
+    """
+    font, room = ImageFont.load_default(14), 8
+    crop_width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
+    lines = max(len(lines) for row in rows for _, lines, _ in row)
+    text_width = 170 if beside else max(140, crop_width)
+    wide = (crop_width + room + text_width if beside else text_width) + 2 * room
+    tall = (max(height, 18 * lines) if beside else height + 18 * lines) + 3 * room
+    picture = Image.new("RGB", (wide * max(map(len, rows)) + room, tall * len(rows) + room), "white")
+    pen = ImageDraw.Draw(picture)
     for i, row in enumerate(rows):
-        for k, (crop, lines) in enumerate(row):
-            x, y = 10 + k * (width + 10), 10 + i * (tall + 10)
-            image = Image.fromarray(crop.permute(1, 2, 0).numpy())
-            wide = round(height * image.width / image.height)
-            picture.paste(image.resize((wide, height), Image.Resampling.BICUBIC), (x, y))
+        for k, (crop, lines, frame) in enumerate(row):
+            x, y = room + k * wide, room + i * tall
+            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+            picture.paste(image.resize((crop_width, height), Image.Resampling.BICUBIC), (x, y))
+            if frame:
+                pen.rectangle([x - 4, y - 4, x + crop_width + 3, y + height + 3], outline=frame, width=4)
+            left, top = (x + crop_width + room, y) if beside else (x, y + height + room)
             for j, line in enumerate(lines):
-                while pen.textlength(line, font) > width:
-                    line = line[:-2] + "\u2026"
-                pen.text((x, y + height + 6 + 18 * j), line, INK, font)
+                text, colour = (line, INK) if isinstance(line, str) else line
+                if pen.textlength(text, font) > text_width:
+                    while pen.textlength(text + "\u2026", font) > text_width:
+                        text = text[:-1]
+                    text += "\u2026"
+                pen.text((left, top + 18 * j), text, colour, font)
     write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
 
 

@@ -4,7 +4,8 @@
     python par.py --loss wce --epochs 15                train; the best epoch is par_best.pt
     python par.py --loss all                            the four losses in turn: tables 2 and 3
     python par.py --eval par_best.pt                    score: validation and test identities
-    python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
+    python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV;
+                                                        --sheet, --maps: as pictures
     python par.py --stats                               class frequencies: table 4 and figure 4
 
 [report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
@@ -81,6 +82,15 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
     return total
 
 
+def confusions(predicted, labels):
+    """Count crops of each true class that were predicted as each class: int64 [N, 12] twice -> 12 tensors [n, n]."""
+    counts = []
+    for k, names in enumerate(ATTRIBUTES.values()):
+        known, n = labels[:, k] >= 0, len(names)
+        counts.append(torch.bincount(labels[known, k] * n + predicted[known, k], minlength=n * n).view(n, n))
+    return counts
+
+
 def score(predicted, labels):
     """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12], f1 [12]).
 
@@ -88,19 +98,42 @@ def score(predicted, labels):
     do not count; NaN for an attribute without a label.
     """
     accuracy, f1 = [], []
-    for k, names in enumerate(ATTRIBUTES.values()):
-        known = labels[:, k] >= 0
-        truth, guess, n = labels[known, k], predicted[known, k], len(names)
-        confusion = torch.bincount(truth * n + guess, minlength=n * n).view(n, n).double()
+    for confusion in confusions(predicted, labels):
+        confusion = confusion.double()
         hits, either = confusion.diag(), confusion.sum(0) + confusion.sum(1)
-        accuracy.append(hits.sum() / known.sum())
+        accuracy.append(hits.sum() / confusion.sum())
         f1.append((2 * hits / either)[either > 0].mean())
     return torch.stack(accuracy), torch.stack(f1)
 
 
+def log_probabilities(model, crops, rows=None):
+    """Of all 47 classes, attribute after attribute: uint8 crops [N, 3, H, W] -> float32 [N, 47], on the CPU."""
+    return torch.cat([z.log_softmax(1) for z in common.infer(model, crops, rows)], 1).cpu()
+
+
+def classes(log_p):
+    """Most probable class of each attribute: [N, 47] -> int64 [N, 12]."""
+    return torch.stack([part.argmax(1) for part in log_p.split([len(n) for n in ATTRIBUTES.values()], 1)], 1)
+
+
 def predict(model, crops, rows=None):
     """Most probable classes: uint8 crops [N, 3, H, W] -> int64 [N, 12], on the CPU."""
-    return torch.stack([z.argmax(1) for z in common.infer(model, crops, rows)], 1).cpu()
+    return classes(log_probabilities(model, crops, rows))
+
+
+def activation_maps(model, crops):
+    """Where the predicted class of each attribute comes from: uint8 crops [N, 3, H, W] -> float32 [N, 12, h, w].
+
+    Class activation maps (Zhou et al. 2016): a head is linear in the mean over layer4's map, so the same product at
+    each of its places says what that place adds to the logit.
+    """
+    kept, device = [], next(model.parameters()).device
+    handle = model.backbone.net.layer4.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.inference_mode():
+        logits = model.eval()(crops.to(device))
+        handle.remove()
+        weights = torch.stack([head[1].weight[z.argmax(1)] for head, z in zip(model.heads, logits)], 1)
+        return torch.einsum("nac,nchw->nahw", weights, kept[0]).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
@@ -184,9 +217,16 @@ def evaluate(args, checkpoint):
             print(f"\nThe {name} crops have no annotations: not scored.")
             continue
         with common.timed(args.seconds, "scoring"):
-            accuracy, f1 = score(predict(model, part.images, rows.nonzero()[:, 0]), part.labels[rows])
+            predicted = predict(model, part.images, rows.nonzero()[:, 0])
         title = f"{args.eval} on {int(rows.sum())} {name} crops of {len(part.person_ids[rows].unique())} identities (%)"
-        show_one(title, accuracy, f1, part.labels[rows], market.labels[chosen])
+        show_one(title, *score(predicted, part.labels[rows]), part.labels[rows], market.labels[chosen])
+        if args.confusion:
+            path = args.out.with_name(f"par_confusion_{name}.png")
+            common.charts(path, [
+                {"title": f"{a}: % of each true class (row), {name}", "classes": names, "matrix": counts}
+                for (a, names), counts in zip(ATTRIBUTES.items(), confusions(predicted, part.labels[rows]))],
+                          columns=3, size=(460, 320))
+            print(f"Confusion matrices: {path}")
     common.say_seconds(args.seconds)
 
 
@@ -202,16 +242,37 @@ def load(args, checkpoint):
 
 
 def predict_files(args, checkpoint):
-    """Write the attributes of the user's own images, and of all images in folders, as CSV on standard output."""
+    """Write the attributes of the user's own images, and of all images in folders, as CSV on standard output.
+
+    With --sheet and --maps also as pictures, of the first of them.
+    """
     model = load(args, checkpoint)
     paths, crops = common.read_user_images(args.predict, args.size)
-    logits = common.infer(model, crops)
-    best = [z.softmax(1).cpu().max(1) for z in logits]
+    log_p = log_probabilities(model, crops)
+    found = classes(log_p)
+    sure = torch.stack([part.amax(1) for part in log_p.exp().split([len(n) for n in ATTRIBUTES.values()], 1)], 1)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
-    for i, path in enumerate(paths):
-        table.writerow([path, *(names[b.indices[i]] for names, b in zip(ATTRIBUTES.values(), best)),
-                        *(f"{b.values[i]:.3f}" for b in best)])
+    named = [[names[c] for names, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
+    for path, row, p in zip(paths, named, sure.tolist()):
+        table.writerow([path, *row, *(f"{v:.3f}" for v in p)])
+
+    texts = [[(f"{a}: {c}", f"{v:.2f}") for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
+    if args.sheet:
+        cells = [(crop, [path.name, *map("  ".join, text)], None) for path, crop, text in zip(paths, crops, texts)][:60]
+        path = args.out.with_name("par_sheet.png")
+        common.sheet(path, [cells[i:i + 4] for i in range(0, len(cells), 4)], beside=True)
+        print(f"{path}: the attributes of {len(cells)} images", file=sys.stderr)
+    if args.maps:
+        some = crops[:20]
+        maps = F.interpolate(activation_maps(model, some), some.shape[2:], mode="bilinear")
+        light = maps - maps.amin((2, 3), keepdim=True)
+        light = 0.25 + 0.75 * light / light.amax((2, 3), keepdim=True).clamp(min=1e-9)  # [n, 12, H, W]
+        lit = (some[:, None] * light[:, :, None]).byte()
+        path = args.out.with_name("par_maps.png")
+        common.sheet(path, [[(crop, [path.name], None), *((c, t, None) for c, t in zip(row, text))]
+                            for path, crop, row, text in zip(paths, some, lit, texts)], height=192)
+        print(f"{path}: where each attribute of {len(some)} images comes from, lit", file=sys.stderr)
 
 
 def statistics(args):
@@ -233,7 +294,8 @@ def statistics(args):
 
 
 def main():
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(usage="%(prog)s [options]", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 1").add_argument
     add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
         "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
@@ -242,11 +304,17 @@ def main():
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     instead("--eval", type=Path, metavar="FILE", help="score this checkpoint of par.py")
     instead("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="with --eval: attributes of images and folders, as CSV")
+    add = parser.add_argument_group("with --eval").add_argument
+    add("--confusion", action="store_true", help="draw a confusion matrix for each attribute, par_confusion_*.png")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
+    add("--sheet", action="store_true", help="with --predict: draw the images with their attributes, par_sheet.png")
+    add("--maps", action="store_true", help="with --predict: draw where each attribute comes from, par_maps.png")
     common.shared_flags(parser, 15, 3e-4, "par_best.pt")
     args = parser.parse_args()
     if args.predict and not args.eval:
         raise UserError("--predict needs --eval FILE, the checkpoint to predict with.")
+    if (args.sheet or args.maps) and not args.predict or args.confusion and (args.predict or not args.eval):
+        raise UserError("--sheet and --maps go with --predict PATH..., --confusion with --eval FILE alone.")
     checkpoint = args.eval and common.load_checkpoint(args.eval, "par")
     device = common.start(args, args.eval, checkpoint, data=not args.predict)
     if args.predict:

@@ -7,6 +7,7 @@
     python reid.py --eval reid_best.pt                  score: validation and official test
     python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
     python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER    your own crops
+    python reid.py --eval reid_best.pt --find upcolor=red hat=yes --gallery FOLDER    by words
 
 [report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
 Trebucchi (University of Trento); tables and figures have its numbers.
@@ -28,6 +29,8 @@ from common import UserError
 # after an epoch on Market-1501 (README). Stage 1 has set most training identities apart: a small margin leaves few
 # triplets a loss, a large one goes on pushing what is apart already.
 MARGIN = 10.0
+MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
+VERDICTS = {"yes": MATCH, "unsure": common.GREY, "no": OTHER}
 
 
 # ---------------------------------------------------------------------------------------------- clusters and triplets
@@ -145,6 +148,7 @@ class Crops:
     ids: torch.Tensor  # int64 [N]
     cameras: torch.Tensor  # int64 [N]
     attributes: torch.Tensor | None  # int64 [N, 12], as predicted by stage 1
+    log_p: torch.Tensor | None = None  # float32 [N, 47], its log-probabilities of all classes
 
 
 def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep=None, cross_camera=True):
@@ -172,7 +176,7 @@ def chunk_rows(columns):
 
 
 def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
-    """`rank_metrics` for a few queries: dict of float64 tensors [scored queries]."""
+    """`rank_metrics` for a few queries: dict of tensors [Q], and "matches", how many; a query without is not scored."""
     distances = distances.detach() if distances.dtype in (torch.float32, torch.float64) else distances.detach().float()
     if distances.isnan().any():
         raise UserError("Distances are NaN: the network that made the embeddings diverged. Train with a lower --lr.")
@@ -213,20 +217,20 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     just_before = torch.where(exists, torch.where(rank > 1, (hits - 1) / (rank - 1).clamp(min=1), 1), 0)
     last = rank.gather(1, (found - 1).clamp(min=0)[:, None])[:, 0]
     length = part.sum(1)
-    stats = {"mAP": at.sum(1) / total, "mAP_trapezoid": (at + just_before).sum(1) / 2 / total,
+    return {"mAP": at.sum(1) / total, "mAP_trapezoid": (at + just_before).sum(1) / 2 / total,
              **{f"rank{k}": (rank[:, 0] <= k).double() for k in (1, 5, 10)},
              "mINP": torch.where(found == total, total / last, 0),
              "length": length.double(), "precision": found / length.clamp(min=1).double(),
-             "recall": found / total.double()}
-    return {k: v[total > 0] for k, v in stats.items()}
+             "recall": found / total.double(), "matches": total}
 
 
 def mean_metrics(parts):
-    """Join what `rank_queries` returned for each chunk: dict of means, and "queries"."""
-    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {"mAP": ()}
-    if not len(joined["mAP"]):
+    """Join what `rank_queries` returned for each chunk: dict of means over the scored queries, and "queries"."""
+    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {"matches": torch.zeros(0)}
+    scored = joined.pop("matches") > 0
+    if not scored.any():
         raise UserError("No query has a match in the gallery, so there is nothing to score.")
-    return {k: v.mean().item() for k, v in joined.items()} | {"queries": len(joined["mAP"])}
+    return {k: v[scored].mean().item() for k, v in joined.items()} | {"queries": int(scored.sum())}
 
 
 def distance_chunks(query, gallery):
@@ -262,16 +266,19 @@ def distance_histograms(query, gallery, top=None, bins=1000):
     return {"edges": torch.linspace(0, top, bins + 1, dtype=torch.float64), "matches": counts[0], "others": counts[1]}
 
 
-def rates(curve, prevalence=None):
+def prevalence(curve):
+    """The share of matches among the pairs of `distance_histograms`."""
+    return (curve["matches"].sum() / (curve["matches"].sum() + curve["others"].sum())).item()
+
+
+def rates(curve, share=None):
     """Of calling pairs nearer than each of edges[1:] one person: (precision [bins], recall [bins]).
 
-    prevalence: the share of matches among the pairs to be judged; by default that of the curve.
+    share: of matches among the pairs to be judged, from which precision follows; by default the curve's own.
     """
     recall, wrong = (curve[which].cumsum(0) / curve[which].sum() for which in ("matches", "others"))
-    if prevalence is None:
-        prevalence = curve["matches"].sum() / (curve["matches"].sum() + curve["others"].sum())
-    right = prevalence * recall
-    return right / (right + (1 - prevalence) * wrong).clamp(min=1e-300), recall
+    share = prevalence(curve) if share is None else share
+    return share * recall / (share * recall + (1 - share) * wrong).clamp(min=1e-300), recall
 
 
 def same_person(curve, hold=None):
@@ -312,6 +319,21 @@ def one_hot(attributes):
                      1).float()
 
 
+def score_words(log_p, labels):
+    """How well crops are found by their annotated attributes: as `rank_metrics`.
+
+    log_p: float32 [N, 47], from stage 1; labels: int64 [N, 12], -1 for distractors, which only can be wrong. Each
+    combination of the twelve classes that occurs is a query, as for --find; its matches are the crops annotated so.
+    """
+    known = labels[:, 0] >= 0
+    asked, which = labels[known].unique(dim=0, return_inverse=True)
+    ids = torch.zeros(len(labels), dtype=torch.int64)
+    ids[known] = which + 1
+    scores = one_hot(asked) @ log_p.cpu().T
+    nowhere = torch.zeros(len(labels), dtype=torch.int64)
+    return rank_metrics(-scores, torch.arange(len(asked)) + 1, nowhere[:len(asked)], ids, nowhere, cross_camera=False)
+
+
 def selections(threshold, hamming):
     """The report's ways to select what is returned (section 4.2.1): what is nearer than `threshold`; what differs in at
     most `hamming` of the 12 predicted attributes, if there are predictions (`hamming` is not None); both."""
@@ -338,8 +360,9 @@ def embed(model, attribute_net, crops, ids, cameras, rows=None):
     device = features.device if features.is_cuda else torch.device("cpu")  # ranking takes float64, which MPS has not
     features = features.to(device)
     chosen = slice(None) if rows is None else rows
-    attributes = None if attribute_net is None else par.predict(attribute_net, crops, rows).to(device)
-    return Crops(features, ids[chosen].to(device), cameras[chosen].to(device), attributes)
+    log_p = None if attribute_net is None else par.log_probabilities(attribute_net, crops, rows).to(device)
+    attributes = None if attribute_net is None else par.classes(log_p)
+    return Crops(features, ids[chosen].to(device), cameras[chosen].to(device), attributes, log_p)
 
 
 def train(args, initial, market, split, crops, state):
@@ -390,7 +413,7 @@ def train(args, initial, market, split, crops, state):
         here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
         results, threshold, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
         curve = distance_histograms(here, here)
-    same = judge(curve, same_person(curve, args.precision), "validation")
+    same = judge(same_person(curve, args.precision), {"validation": (curve, None)})
     record["final"] = {"best epoch": best["epoch"], "threshold": threshold, "hamming": hamming, "validation": results,
                        "same person": same}
     common.write_record(args.out, record)
@@ -424,20 +447,26 @@ def report(args, query, gallery, title, hamming=None, protocols=("all cameras", 
     print(f"threshold: distance < {threshold:.3f}" + (" (the mean of all pairs)" if args.threshold == "mean" else "")
           + (f"; hamming: at most {hamming} of 12 predicted attributes differ" if hamming is not None else
              "; no Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
-    print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it buys\n"
-          "is the precision of the returned lists, which stands to the right with their recall and mean length.")
+    if "all cameras" in protocols:
+        print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
+              "buys is the precision of the returned lists, to the right with their recall and mean length.")
     return results, threshold, hamming
 
 
-def judge(curve, at, where, prevalence=None):
-    """Print what to expect of calling pairs nearer than edges[at + 1] one person: -> dict of that, fractions."""
-    share = (curve["matches"].sum() / (curve["matches"].sum() + curve["others"].sum())).item()
-    values = [v[at].item() for v in rates(curve, prevalence)]
-    found = {"distance": curve["edges"][at + 1].item(), "precision": values[0], "recall": values[1],
-             "prevalence": prevalence or share}
-    print(f"same person, {where}: distance < {found['distance']:.3f} has precision {100 * found['precision']:.2f} % and "
-          f"recall {100 * found['recall']:.2f} % where {100 * found['prevalence']:.3f} % of all pairs match")
-    return found
+def judge(at, curves):
+    """Print what to expect of calling pairs nearer than edges[at + 1] one person: -> dict of the first row, fractions.
+
+    curves: dict of a name -> (curve, share of matches to expect, or None for the curve's own).
+    """
+    found = {}
+    for name, (curve, share) in curves.items():
+        precision, recall = (v[at].item() for v in rates(curve, share))
+        found[name] = {"precision": precision, "recall": recall, "share of matches": share or prevalence(curve)}
+    distance = curve["edges"][at + 1].item()
+    common.table(f"Same person: distance < {distance:.3f} (pairs from two cameras, %)",
+                 ["", "precision", "recall", "share of matches"],
+                 [[name, *(100 * v for v in row.values())] for name, row in found.items()])
+    return {"distance": distance, **next(iter(found.values()))}
 
 
 def figure_3(path, curve, marks):
@@ -469,21 +498,46 @@ def evaluate(args, checkpoint):
     held = common.saved_split(checkpoint, market.person_ids, args.eval)[1].nonzero()[:, 0]
     with common.timed(args.seconds, "embedding"):
         here = embed(model, attribute_net, market.images, market.person_ids, market.camera_ids, held)
-        query, gallery = (embed(model, attribute_net, p.images, p.person_ids, p.camera_ids) for p in test)
-    real = gallery.ids != -1  # junk takes no part in anything, the threshold's mean included
-    gallery = Crops(*(v if v is None else v[real] for v in vars(gallery).values()))
+        real = (test[1].person_ids != -1).nonzero()[:, 0]  # junk takes no part in anything, nor in the mean distance
+        query, gallery = (embed(model, attribute_net, part.images, part.person_ids, part.camera_ids, rows)
+                          for part, rows in zip(test, (None, real)))
     with common.timed(args.seconds, "ranking"):
         *_, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
-        title = f"{args.eval}, test set, {len(gallery.ids)} gallery crops"
-        report(args, query, gallery, title, hamming, ("across cameras",))
+        report(args, query, gallery, f"{args.eval}, test set, {len(real)} gallery crops", hamming, ("across cameras",))
         curve = distance_histograms(here, here)
-        test = distance_histograms(query, gallery, curve["edges"][-1].item())
-    at = same_person(curve, args.precision)
-    judge(curve, at, "validation")
-    share = (test["matches"].sum() / (test["matches"].sum() + test["others"].sum())).item()
-    judge(curve, at, "what that promises for the test set", share)
-    judge(test, at, "what the test set says")
+        found = distance_histograms(query, gallery, curve["edges"][-1].item())
+    judge(same_person(curve, args.precision), {
+        "validation": (curve, None), "promised for test": (curve, prevalence(found)), "test": (found, None)})
+    labels = test[1].labels[real]
+    if gallery.log_p is not None and (labels >= 0).any():
+        words = score_words(gallery.log_p, labels)
+        print(f"\nFound by words, all twelve, on test: {100 * words['mAP']:.2f} mAP, {100 * words['rank1']:.2f} rank-1 "
+              f"over {words['queries']} combinations")
+    if args.show:
+        show(args.out.with_name("show.png"), query, gallery, test, real, args.show)
     common.say_seconds(args.seconds)
+
+
+def show(path, query, gallery, test, real, count):
+    """Draw `count` queries of the test set, spread from the highest AP to the lowest, and what is nearest to each."""
+    parts = [rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids, gallery.cameras, None, True)
+             for rows, distances in distance_chunks(query, gallery)]
+    precision, matches = (torch.cat([part[k] for part in parts]) for k in ("mAP", "matches"))
+    order = precision.argsort(descending=True)
+    order = order[matches[order] > 0]
+    picked = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long().to(order.device)]
+    distances = torch.cdist(query.features[picked], gallery.features)
+    match = gallery.ids == query.ids[picked, None]
+    distances[match & (gallery.cameras == query.cameras[picked, None])] = torch.inf
+    nearest, sheet = distances.topk(min(10, len(real)), largest=False), []
+    for i, q in enumerate(picked.tolist()):
+        row = [(test[0].images[q], [f"query, AP {100 * precision[q]:.1f}", test[0].names[q]], None)]
+        for rank, (g, d) in enumerate(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()), 1):
+            verdict, colour = ("match", MATCH) if match[i, g] else ("another person", OTHER)
+            row.append((test[1].images[real[g]], [f"{rank}: {d:.2f}", (verdict, colour)], colour))
+        sheet.append(row)
+    common.sheet(path, sheet)
+    print(f"{path}: {len(sheet)} queries, from the highest AP to the lowest; blue: a match, orange: another person")
 
 
 def export(args, checkpoint):
@@ -506,60 +560,131 @@ def search(args, checkpoint):
     (asked, queries), (paths, crops) = (common.read_user_images([p], args.size) for p in (args.search, args.gallery))
     unknown = torch.zeros(max(len(queries), len(crops)), dtype=torch.int64)
     query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
-    nearest = torch.cdist(query.features, gallery.features).topk(min(args.top, len(crops)), largest=False)
-    same = None
-    if attribute_net:
-        same = (one_hot(query.attributes) @ one_hot(gallery.attributes).T).int()
-    rows = []
-    for i, path in enumerate(asked):
-        found = list(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()))
-        alike = {g: "" if same is None else f"{same[i, g]} of 12" for g, _ in found}
-        common.table(f"Nearest to {path} of {len(crops)} images", ["rank", "distance", "same attributes", "file"],
-                     [[str(rank), f"{d:.3f}", alike[g], str(paths[g])] for rank, (g, d) in enumerate(found, 1)])
-        rows.append([(queries[i], ["query", path.name])] + [
-            (crops[g], [f"{rank}: distance {d:.2f}", paths[g].name, alike[g] and f"{alike[g]} attributes"])
-            for rank, (g, d) in enumerate(found, 1)])
+    near, far, meaning = verdicts(args, checkpoint)
+    rows, i = [], 0
+    for _, distances in distance_chunks(query, gallery):
+        nearest = distances.topk(min(args.top, len(crops)), largest=False)
+        for indices, values in zip(nearest.indices.tolist(), nearest.values.tolist()):
+            lines, cells = [], [(queries[i], ["query", asked[i].name, *names(query.attributes, i)], None)]
+            for rank, (g, d) in enumerate(zip(indices, values), 1):
+                verdict = "yes" if d < near else "unsure" if d < far else "no"
+                differ = [] if gallery.attributes is None else [
+                    theirs for ours, theirs in zip(names(query.attributes, i), names(gallery.attributes, g))
+                    if ours != theirs]
+                alike = "-" if gallery.attributes is None else f"{12 - len(differ)} of 12"
+                lines.append([str(rank), f"{d:.3f}", verdict, alike, str(paths[g])])
+                cells.append((crops[g], [(f"{rank}: {d:.2f}, {verdict}", VERDICTS[verdict]), paths[g].name,
+                                         f"shares {alike}" * (alike != "-"), *((t, OTHER) for t in differ)],
+                              VERDICTS[verdict]))
+            common.table(f"Nearest to {asked[i]} of {len(crops)} images",
+                         ["rank", "distance", "same person", "same attributes", "file"], lines)
+            rows.append(cells)
+            i += 1
+    print(f"\n{meaning}")
     path = args.out.with_name("search.png")
     common.sheet(path, rows[:20])
     print(f"{path}: the same as a picture" + (", of the first 20 queries" if len(rows) > 20 else ""))
 
 
+def verdicts(args, checkpoint):
+    """Distances for --search: below the first two crops are one person, from the second on they are not; a sentence."""
+    if "distances" not in checkpoint:
+        raise UserError(f"{args.eval} does not say how validation distances lie: train it anew.")
+    curve = checkpoint["distances"]
+    precision, recall = rates(curve)
+    at, most = same_person(curve, args.precision), int((recall >= 0.95).int().argmax())
+    near, far = curve["edges"][at + 1].item(), curve["edges"][most + 1].item()
+    if args.threshold != "mean":
+        near = args.threshold
+        at = int(torch.searchsorted(curve["edges"][1:], near).clamp(max=len(recall) - 1))
+    return near, max(near, far), (
+        f"Same person: yes below {near:.3f}, where {100 * precision[at]:.1f} % of the pairs are matches and "
+        f"{100 * recall[at]:.1f} % of the matches found;\nno from {max(near, far):.3f} on, 95 % of the matches being "
+        f"nearer. That is on validation, where {100 * prevalence(curve):.2f} % of the pairs match.")
+
+
+def names(attributes, i):
+    """The classes of one crop, as "hat yes"; nothing without a stage-1 network."""
+    return [] if attributes is None else [f"{a} {classes[c]}" for (a, classes), c in
+                                          zip(common.ATTRIBUTES.items(), attributes[i].tolist())]
+
+
+def find(args, checkpoint):
+    """List the crops in --gallery by the probability of the classes that --find names, and draw them, find.png."""
+    words = [(attribute, name) for attribute, names in common.ATTRIBUTES.items() for name in names]
+    wanted, asked = torch.zeros(len(words)), {}
+    for word in args.find:
+        attribute, _, name = word.partition("=")
+        if attribute not in common.ATTRIBUTES:
+            raise UserError(f"--find {word}: there is no attribute '{attribute}', only {', '.join(common.ATTRIBUTES)}.")
+        if (attribute, name) not in words or attribute in asked:
+            raise UserError(f"--find {word}: name one class of {attribute}: {', '.join(common.ATTRIBUTES[attribute])}.")
+        asked[attribute], wanted[words.index((attribute, name))] = name, 1
+    _, attribute_net = load(args, checkpoint)
+    if attribute_net is None:
+        raise UserError(f"{args.eval} was trained without --init, so that it predicts no attributes to find by.")
+    paths, crops = common.read_user_images([args.gallery], args.size)
+    log_p = par.log_probabilities(attribute_net, crops)
+    best = (log_p @ wanted).topk(min(args.top, len(crops)))
+    predicted, lines, cells = par.classes(log_p), [], []
+    for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
+        shown = [n for n in names(predicted, g) if n.split()[0] in asked]
+        lines.append([str(rank), f"{value:.3f}", ", ".join(shown), str(paths[g])])
+        cells.append((crops[g], [f"{rank}: {value:.3f}", paths[g].name, *(
+            t if asked[t.split()[0]] == t.split()[1] else (t, OTHER) for t in shown)], None))
+    common.table(f"{', '.join(f'{k} {v}' for k, v in asked.items())}, among {len(crops)} images",
+                 ["rank", "probability", "predicted", "file"], lines)
+    path = args.out.with_name("find.png")
+    common.sheet(path, [cells[i:i + 10] for i in range(0, len(cells), 10)])
+    print(f"{path}: the same as a picture")
+
+
 def main():
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("stage 2").add_argument
+    parser = common.Parser(usage="%(prog)s [options]", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_argument_group("start from stage 1, or score").add_mutually_exclusive_group().add_argument
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
+    add = parser.add_argument_group("to train").add_argument
     add("--compare", action="store_true", help="train with and without --init: table 1")
     add("--margin", type=common.number(float, 0), default=MARGIN, help=f"of the loss, squared distance ({MARGIN:g})")
     add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
     add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
     add("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in report "
         "section 3.2.2, or from anywhere (cluster)")
+    add = parser.add_argument_group("to rank").add_argument
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="predicted attributes that may differ (default: "
         "what gives the highest validation mAP)")
     add("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
         "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
-    add("--precision", type=common.number(float, 0, 1), metavar="P", help="call two crops the same person at the farthest "
-        "distance that has this precision on validation (default: the distance of the highest F1)")
-    add("--embed", type=Path, metavar="FILE", help="with --eval: write the test set's embeddings to this .npz file")
-    add("--search", type=Path, metavar="QUERY", help="with --eval and --gallery: find what is nearest to this image, "
+    add("--precision", type=common.number(float, 0, 1), metavar="P", help="call two crops the same person up to the "
+        "farthest distance with this precision on validation (default: that of the highest F1)")
+    add = parser.add_argument_group("with --eval").add_argument
+    add("--embed", type=Path, metavar="FILE", help="write the test set's embeddings to this .npz file")
+    add("--show", type=common.number(int, 1), metavar="N", help="draw N queries of the test set, from the "
+        "best found to the worst, with what was found, show.png")
+    add("--search", type=Path, metavar="QUERY", help="find what is nearest to this image, "
         "or to each in this folder")
-    add("--gallery", type=Path, metavar="FOLDER", help="with --search: images to search")
-    add("--top", type=common.number(int, 1), default=10, metavar="K", help="with --search: how many to list (10)")
+    add("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
+    add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
+    add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
     args = parser.parse_args()
     if args.compare and not args.init:
         raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
     if args.embed and not args.eval:
         raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
-    if (args.search or args.gallery) and not (args.eval and args.search and args.gallery and not args.embed):
-        raise UserError("--search goes with --eval FILE, the checkpoint, and --gallery FOLDER, the images to search.")
+    if bool(args.search or args.find) != bool(args.gallery) or args.search and args.find \
+            or args.gallery and (not args.eval or args.embed or args.show):
+        raise UserError("--search, or --find, goes with --eval FILE, the checkpoint, and --gallery FOLDER, the images "
+                        "to search.")
+    if args.show and not args.eval:
+        raise UserError("--show needs --eval FILE, the checkpoint whose ranking to draw.")
     path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = path and common.load_checkpoint(path, kind)
-    device = common.start(args, path, checkpoint, data=not args.search)
-    if args.search:
-        return search(args, checkpoint)
+    device = common.start(args, path, checkpoint, data=not args.gallery)
+    if args.gallery:
+        return (search if args.search else find)(args, checkpoint)
     if args.eval:
         return export(args, checkpoint) if args.embed else evaluate(args, checkpoint)
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.nn import functional as F
 
 import common
@@ -548,6 +548,41 @@ def test_stage_1_scores_predicts_and_counts(trained, market, tmp_path, capsys):
     assert Image.open(tmp_path / "par_stats.png").size == (2 * 2 * 500, 2 * 2 * 320)
 
 
+def test_sheets_maps_and_confusions_of_stage_1(trained, market, tmp_path, capsys):
+    out = tmp_path / "par_best.pt"
+    (tmp_path / "empty").mkdir()
+    assert call(par, "--eval", trained / "par_best.pt", "--predict", market / "query", tmp_path / "empty", "--sheet",
+                "--maps", "--out", out) == 0
+    shown, told = capsys.readouterr()
+    count = len(list(csv.DictReader(shown.splitlines())))
+    assert "empty holds no files" in told and count == len(list((market / "query").iterdir()))
+    size = 4 * (128 + 8 + 170 + 16) + 8, math.ceil(count / 4) * (256 + 24) + 8
+    assert Image.open(tmp_path / "par_sheet.png").size == size
+    assert Image.open(tmp_path / "par_maps.png").size == (13 * 156 + 8, min(20, count) * (192 + 36 + 24) + 8)
+    assert call(par, "--data", market, "--eval", trained / "par_best.pt", "--confusion", "--out", out) == 0
+    assert Image.open(tmp_path / "par_confusion_test.png").size == (3 * 2 * 460, 4 * 2 * 320)
+
+
+def test_activation_maps_add_up_to_the_logits(trained, market):
+    model = common.load_weights(par.AttributeNet(), common.load_checkpoint(trained / "par_best.pt", "par")["model"], "")
+    crops = common.load_market(market, "query").images[:5]
+    maps, logits = par.activation_maps(model, crops), common.infer(model, crops)
+    assert maps.shape == (5, 12, 4, 2)
+    for k, z in enumerate(logits):
+        best, which = z.max(1)
+        assert torch.allclose(maps[:, k].mean((1, 2)) + model.heads[k][1].bias[which], best, atol=1e-4)
+
+
+def test_confusions_count_pairs_of_classes():
+    generator = torch.Generator().manual_seed(0)
+    truth, guess = (torch.stack([torch.randint(0, n, (50,), generator=generator) for n in CLASSES], 1)
+                    for _ in range(2))
+    truth[::9] = -1
+    for k, counts in enumerate(par.confusions(guess, truth)):
+        pairs = list(zip(truth[:, k].tolist(), guess[:, k].tolist()))
+        assert counts.tolist() == [[pairs.count((t, g)) for g in range(CLASSES[k])] for t in range(CLASSES[k])]
+
+
 def test_transparency_is_laid_on_white_and_photographs_turned_upright(tmp_path):
     Image.new("RGBA", (10, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (common.read_image(tmp_path / "clear.png") == 255).all()
@@ -629,8 +664,87 @@ def test_search_finds_the_query_itself_first(trained, market, tmp_path, capsys):
     rows = [line.split() for line in out.splitlines()[3:6]]
     assert [row[0] for row in rows] == ["1", "2", "3"] and rows[0][-1] == str(folder / query.name)
     assert float(rows[0][1]) < 0.1 * float(rows[1][1])
-    assert rows[0][2:5] == ["12", "of", "12"] and float(rows[1][1]) <= float(rows[2][1]) and "text.jpg" in err
-    assert Image.open(tmp_path / "search.png").width == 4 * 160 + 10
+    assert rows[0][2:6] == ["yes", "12", "of", "12"] and float(rows[1][1]) <= float(rows[2][1]) and "text.jpg" in err
+    assert Image.open(tmp_path / "search.png").width == 4 * 156 + 8
+
+
+def colours_along(picture, x, y, width):
+    """The colours of a row of pixels."""
+    return {picture.getpixel((x + k, y)) for k in range(width)}
+
+
+def test_search_says_what_agrees_and_whether_it_is_the_same_person(trained, market, tmp_path, capsys):
+    folder, out = market / "query", tmp_path / "r.pt"
+    arguments = ("--eval", trained / "reid_best.pt", "--search", folder, "--gallery", folder, "--top", 4, "--out", out)
+    assert call(reid, *arguments) == 0
+    shown = capsys.readouterr().out
+    model, attribute_net = reid.load(SimpleNamespace(device="cpu", eval=""), common.load_checkpoint(
+        trained / "reid_best.pt", "reid"))
+    crops = common.load_market(market, "query").images
+    features, predicted = common.infer(model, crops), par.predict(attribute_net, crops)
+    distances, alike = torch.cdist(features, features), (predicted[:, None] == predicted).sum(2)
+    near, far, _ = reid.verdicts(SimpleNamespace(precision=None, threshold="mean", eval=""),
+                                 common.load_checkpoint(trained / "reid_best.pt", "reid"))
+    rows = [line.split() for line in shown.splitlines() if line[:1].strip().isdigit()]
+    assert len(rows) == 4 * len(crops)
+    for k, row in enumerate(rows):
+        q, g = k // 4, sorted(folder.iterdir()).index(Path(row[-1]))
+        d = distances[q, g].item() if g != q else 0.0
+        assert float(row[1]) == pytest.approx(d, abs=0.02) and int(row[3]) == alike[q, g]
+        assert row[2] == ("yes" if float(row[1]) < near else "unsure" if float(row[1]) < far else "no")
+    picture = Image.open(tmp_path / "search.png").convert("RGB")
+    assert picture.width == 5 * (140 + 16) + 8
+    assert ImageColor.getrgb(reid.VERDICTS[rows[1][2]]) in colours_along(picture, 8 + 2 * 156, 5, 128)
+
+    call(reid, *arguments, "--threshold", 1e9)
+    verdicts = {line.split()[2] for line in capsys.readouterr().out.splitlines() if line[:1].strip().isdigit()}
+    assert verdicts == {"yes"}
+    call(reid, *arguments, "--threshold", 0)
+    assert "yes" not in {line.split()[2] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()}
+
+
+def test_finding_by_words_ranks_by_the_product_of_probabilities(trained, market, tmp_path, capsys):
+    folder = market / "query"
+    assert call(reid, "--eval", trained / "reid_best.pt", "--find", "gender=female", "upcolor=red", "--gallery", folder,
+                "--top", 12, "--out", tmp_path / "r.pt") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:2].strip().isdigit()]
+    _, attribute_net = reid.load(SimpleNamespace(device="cpu", eval=""), common.load_checkpoint(
+        trained / "reid_best.pt", "reid"))
+    logits = common.infer(attribute_net, common.load_market(market, "query").images)
+    female, red = (logits[k].double().softmax(1)[:, which] for k, which in ((1, 1), (10, 2)))
+    brute = (female * red).tolist()
+    assert [float(row[1]) for row in rows] == pytest.approx(sorted(brute, reverse=True)[:12], abs=6e-4)
+    assert Image.open(tmp_path / "find.png").width == 10 * 156 + 8
+
+
+def test_words_are_scored_as_brute_force_does():
+    generator = torch.Generator().manual_seed(0)
+    people = torch.stack([torch.randint(0, n, (6,), generator=generator) for n in CLASSES], 1)
+    labels = people[torch.randint(0, 6, (40,), generator=generator)]
+    log_p = torch.cat([torch.randn(40, n, generator=generator).log_softmax(1) for n in CLASSES], 1) \
+        + 0.6 * reid.one_hot(labels)
+    labels[::7] = -1  # distractors
+    totals = []
+    for asked in labels[labels[:, 0] >= 0].unique(dim=0):
+        found = [sum(log_p[i, sum(CLASSES[:k]) + c].item() for k, c in enumerate(asked)) for i in range(40)]
+        order = sorted(range(40), key=lambda i: -found[i])
+        hits = [rank for rank, i in enumerate(order, 1) if torch.equal(labels[i], asked)]
+        totals.append(np.mean([(k + 1) / rank for k, rank in enumerate(hits)]))
+    scores = reid.score_words(log_p, labels)
+    assert scores["mAP"] == pytest.approx(np.mean(totals), abs=1e-6) and scores["queries"] == len(totals)
+
+
+def test_show_draws_queries_from_best_to_worst_with_matches_framed(trained, market, tmp_path, capsys):
+    assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--show", 3,
+                "--out", tmp_path / "r.pt") == 0
+    assert "Found by words" in capsys.readouterr().out
+    picture = Image.open(tmp_path / "show.png").convert("RGB")
+    rows = [8 + k * (256 + 18 * 2 + 24) for k in range(3)]
+    assert picture.size == (11 * 156 + 8, rows[2] + 256 + 18 * 2 + 24)
+    frames = [[colours_along(picture, 8 + k * 156, y - 3, 128) for k in range(11)] for y in rows]
+    match, other = map(ImageColor.getrgb, (reid.MATCH, reid.OTHER))
+    assert all(row[0] == {(255, 255, 255)} and all(cell in ({match}, {other}) for cell in row[1:]) for row in frames)
+    assert frames[0][1] == {match}  # the best query's first hit
 
 
 def test_comparison_with_and_without_transfer(trained, market, tmp_path, capsys):
@@ -889,6 +1003,12 @@ def save_broken(path, kind, **changes):
     return path
 
 
+def without_stage_1(trained, folder):
+    checkpoint = common.load_checkpoint(trained / "reid_best.pt", "reid")
+    common.save_checkpoint(folder / "without.pt", checkpoint | {"attributes": None})
+    return folder / "without.pt"
+
+
 BROKEN_ARGUMENTS = {
     "a size of zero": (par, lambda t, f: ["--size", "0x64"], "0x64 is not HEIGHTxWIDTH"),
     "a size that is none": (par, lambda t, f: ["--size", "big"], "big is not HEIGHTxWIDTH"),
@@ -905,8 +1025,21 @@ BROKEN_ARGUMENTS = {
     "comparison without a checkpoint": (reid, lambda t, f: ["--compare"], "needs --init"),
     "embedding without a checkpoint": (reid, lambda t, f: ["--embed", t / "x.npz"], "--embed needs --eval"),
     "search without a gallery": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--search", t],
-        "--search goes with --eval"),
-    "a gallery without a search": (reid, lambda t, f: ["--gallery", t], "--search goes with --eval"),
+        "--search, or --find, goes with --eval"),
+    "a gallery without a search": (reid, lambda t, f: ["--gallery", t], "--search, or --find, goes with --eval"),
+    "an attribute that is none": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t, "--find",
+                                                      "shoe=red"], "there is no attribute 'shoe', only age, gender, "),
+    "a class that is none": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t, "--find", "hat=red"],
+        "name one class of hat: no, yes."),
+    "two classes of one attribute": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t, "--find",
+                                                         "hat=no", "hat=yes"], "name one class of hat"),
+    "words without stage 1": (reid, lambda t, f: ["--eval", without_stage_1(f, t), "--gallery", t, "--find", "hat=no"],
+        "was trained without --init"),
+    "a precision that is not reached": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--precision", 1, "--gallery",
+                                                            HERE / ".github", "--search", HERE / ".github"],
+        "No distance has a precision of 1 on validation"),
+    "queries to show without a checkpoint": (reid, lambda t, f: ["--show", 3], "--show needs --eval"),
+    "a sheet without predictions": (par, lambda t, f: ["--eval", f / "par_best.pt", "--sheet"], "go with --predict"),
     "embeddings over the checkpoint": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--embed", f / "reid_best.pt"],
         "ends in .npz"),
     "nothing to predict": (par, lambda t, f: ["--eval", f / "par_best.pt", "--predict", t / "none"], "does not exist"),
