@@ -137,10 +137,14 @@ def read_image(path):
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would cut off at 255
+                values = np.asarray(image, np.float64)
+                white = 65535 if image.mode.startswith("I;16") else max(255, values.max())
+                image = Image.fromarray((values.clip(0, white) * (255 / white)).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path} is too large an image to be a crop of a person.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises a dozen types on a damaged file
         raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
 
 
@@ -164,7 +168,7 @@ def read_user_images(paths, size):
             crops.append(resize(read_image(path), list(size), antialias=True))
             read.append(path)
         except UserError as error:
-            print(f"Skipped: {error}", file=sys.stderr)
+            print("Skipped:", *str(error).splitlines(), file=sys.stderr)
     if not crops:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
     return read, torch.stack(crops)
@@ -803,7 +807,7 @@ def run(main):
         main()
     except UserError as error:
         progress("")
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name can hold a newline
         sys.exit(2)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -835,7 +839,7 @@ def table(title, header, rows, best=None):
     """
     def cell(value, row):
         if isinstance(value, str):
-            return value
+            return " ".join(value.splitlines())
         highest = best and best(v for v in row if not isinstance(v, str) and v == v)
         return ("-" if value != value else f"{value:.2f}") + (best and ("  ", " *")[value == highest] or "")
 
@@ -846,6 +850,7 @@ def table(title, header, rows, best=None):
     sides = ["<" if k == 0 or re.search("[a-z]", "".join(row[k] for row in cells[1:])) else ">"
              for k in range(len(header))]
     print(f"\n{title}")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     for row in cells:
         print("  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths)).rstrip())
     sys.stdout.flush()
