@@ -22,6 +22,8 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -641,7 +643,15 @@ def peak_memory():
 def torch_load(path):
     """Load a file of tensors and plain values; never runs code from it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:  # torch.save does not compress: what is far larger inside is a trap
+                if sum(item.file_size for item in packed.infolist()) > 2 * os.path.getsize(path):
+                    raise ValueError("packed")
+                if packed.testzip():  # torch.load itself does not look at the checksums: wrong weights would go by
+                    raise ValueError("checksum")
+        with warnings.catch_warnings():  # of an old pickle: what matters is whether it loads
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
@@ -669,7 +679,7 @@ def load_weights(model, state, path):
     """Load a state dict into `model`; one that does not fit is the user's error."""
     try:
         model.load_state_dict(state)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         raise UserError(f"The weights in {path} do not fit the network of this version of the project.") from None
     return model
 
@@ -685,6 +695,20 @@ def saved_split(checkpoint, person_ids, path):
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors that end as all others do."""
+
+    try:
+        args, ids = checkpoint["args"], [checkpoint["train_ids"], checkpoint["validation_ids"]]
+        whole = len(args["size"]) == 2 and all(side in range(32, 1025) for side in args["size"]) \
+            and torch.cat(ids).dtype == torch.int64 and isinstance(checkpoint["epoch"], int) \
+            and isinstance(checkpoint["model"], dict)
+        if kind == "reid":
+            curve = checkpoint["distances"]
+            whole = whole and args["dim"] in range(1, 4097) and "attributes" in checkpoint \
+                and len(curve["edges"]) - 1 == torch.stack([curve["matches"], curve["others"]]).shape[1] > 0
+    except Exception:  # whatever is missing or of another type
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not a whole checkpoint: parts of it are missing or not what they should be.")
 
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")

@@ -588,8 +588,6 @@ def search(args, checkpoint):
 
 def verdicts(args, checkpoint):
     """Distances for --search: below the first two crops are one person, from the second on they are not; a sentence."""
-    if "distances" not in checkpoint:
-        raise UserError(f"{args.eval} does not say how validation distances lie: train it anew.")
     curve = checkpoint["distances"]
     precision, recall = rates(curve)
     at, most = same_person(curve, args.precision), int((recall >= 0.95).int().argmax())
