@@ -137,12 +137,12 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would cut off at 255
                 values = np.asarray(image, np.float64)
                 white = 65535 if image.mode.startswith("I;16") else max(255, values.max())
                 image = Image.fromarray((values.clip(0, white) * (255 / white)).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path} is too large an image to be a crop of a person.") from None
@@ -449,13 +449,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
 
     run_step = graphed(step) if cuda else step
     best, first, spent = None, 1, {"training": 0.0, "validation": 0.0}
-    if args.resume and last_path(out).exists():
-        last = load_checkpoint(last_path(out), checkpoint["kind"])
-        changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
-        changed = [k for k in changed if k not in ("resume", "device", "out", "demo")]
-        if changed:
-            raise UserError(f"{last_path(out)} is of a run with another --{changed[0]} "
-                            f"({last['args'].get(changed[0])}): resume with the arguments it had.")
+    last = load_last(out, checkpoint) if args.resume else None
+    if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         generator.set_state(last["generator"])
@@ -465,8 +460,6 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
         first, spent = last["epoch"] + 1, last["spent"]
         print(f"Going on after epoch {last['epoch']}.")
-    elif args.resume:
-        print(f"There is no {last_path(out)} to resume: starting.")
     for epoch in range(first, args.epochs + 1):
         if best and epoch - 1 - best["epoch"] >= args.patience:
             print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
@@ -512,8 +505,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         record["metrics"] = list(figures)
         better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
         if better:
-            if best is None and out.exists():
-                os.replace(out, out.with_suffix(".old.pt"))  # an earlier run's best is not lost
+            if best is None:
+                set_aside(out)
             best = row
             save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
         spent["training"] += row["seconds"]
@@ -579,6 +572,37 @@ def keep_memory():
 def last_path(out):
     """Where the state of an unfinished run stands: par_best.pt -> par_last.pt."""
     return out.with_name(out.stem.removesuffix("_best") + "_last.pt")
+
+
+def load_last(out, checkpoint):
+    """The state to resume the run that writes `out`, if there is one; UserError if its arguments were others."""
+    path = last_path(out)
+    if not path.exists():
+        return print(f"There is no {path} to resume: starting.")
+    last = load_checkpoint(path, checkpoint["kind"])
+    if not {"optimizer", "generator", "rng", "device_rng", "rows", "metrics", "best", "spent"} <= set(last):
+        raise UserError(f"{path} does not hold the state of a run: delete it, and start without --resume.")
+    changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
+    changed = [k for k in changed if k not in ("resume", "device", "out", "demo")]
+    if changed:
+        raise UserError(f"{path} is of a run with another --{changed[0]} "
+                        f"({last['args'].get(changed[0])}): resume with the arguments it had.")
+    # The best checkpoint is written first: a run that was killed between the two goes on from the epoch before.
+    saved = load_checkpoint(out, checkpoint["kind"])["epoch"] if out.exists() else None
+    if saved not in (last["best"]["epoch"], last["epoch"] + 1):
+        return print(f"{path} is not of the run that wrote {out}: starting.")
+    return last
+
+
+def set_aside(out):
+    """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
+    k = ""
+    while out.with_suffix(f".old{k}{out.suffix}").exists():
+        k = (k or 1) + 1
+    for path in (out, out.with_suffix(".json")):
+        if path.exists():
+            os.replace(path, path.with_suffix(f".old{k}{path.suffix}"))
+            print(f"{path} of an earlier run is now {path.with_suffix(f'.old{k}{path.suffix}')}.")
 
 
 def progress(text):
@@ -666,12 +690,25 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
     checkpoint = torch_load(path)
-    needed = {"model", "args", "train_ids", "validation_ids"}
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") \
-            or checkpoint.get("version") != 1 or not needed <= set(checkpoint):
+            or checkpoint.get("version") != 1:
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
+
+    try:
+        args, ids = checkpoint["args"], [checkpoint["train_ids"], checkpoint["validation_ids"]]
+        whole = len(args["size"]) == 2 and all(side in range(32, 1025) for side in args["size"]) \
+            and torch.cat(ids).dtype == torch.int64 and isinstance(checkpoint["epoch"], int) \
+            and isinstance(checkpoint["model"], dict)
+        if kind == "reid":
+            curve = checkpoint["distances"]
+            whole = whole and args["dim"] in range(1, 4097) and "attributes" in checkpoint \
+                and len(curve["edges"]) - 1 == torch.stack([curve["matches"], curve["others"]]).shape[1] > 0
+    except Exception:  # whatever is missing or of another type
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not a whole checkpoint: parts of it are missing or not what they should be.")
     return checkpoint
 
 
@@ -695,20 +732,6 @@ def saved_split(checkpoint, person_ids, path):
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors that end as all others do."""
-
-    try:
-        args, ids = checkpoint["args"], [checkpoint["train_ids"], checkpoint["validation_ids"]]
-        whole = len(args["size"]) == 2 and all(side in range(32, 1025) for side in args["size"]) \
-            and torch.cat(ids).dtype == torch.int64 and isinstance(checkpoint["epoch"], int) \
-            and isinstance(checkpoint["model"], dict)
-        if kind == "reid":
-            curve = checkpoint["distances"]
-            whole = whole and args["dim"] in range(1, 4097) and "attributes" in checkpoint \
-                and len(curve["edges"]) - 1 == torch.stack([curve["matches"], curve["others"]]).shape[1] > 0
-    except Exception:  # whatever is missing or of another type
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is not a whole checkpoint: parts of it are missing or not what they should be.")
 
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
@@ -827,6 +850,7 @@ def run(main):
     """Run a script's main(); the one place where errors become sentences and exit codes."""
     script = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
         main()
     except UserError as error:
@@ -874,7 +898,6 @@ def table(title, header, rows, best=None):
     sides = ["<" if k == 0 or re.search("[a-z]", "".join(row[k] for row in cells[1:])) else ">"
              for k in range(len(header))]
     print(f"\n{title}")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     for row in cells:
         print("  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths)).rstrip())
     sys.stdout.flush()

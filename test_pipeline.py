@@ -7,10 +7,13 @@ import csv
 import json
 import math
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +71,8 @@ def float32(monkeypatch):
 def short_fit(model, data, rows, out, validate=lambda: {"f1": 1.0}, **settings):
     """`fit` on given rows with cross-entropy, an epoch in batches of 8 unless settings say otherwise: -> its record."""
     defaults = {"seed": 0, "lr": 1e-3, "warmup": 0.5, "epochs": 1, "batch": 8, "patience": 5, "resume": False}
-    checkpoint, record = {"kind": "par", "args": {}, "train_ids": 0, "validation_ids": 0}, {"epochs": [], "seconds": {}}
+    checkpoint = {"kind": "par", "args": {"size": (128, 64)}, "train_ids": torch.arange(1), "validation_ids": rows[:0]}
+    record = {"epochs": [], "seconds": {}}
     common.fit(model, data.images, lambda generator: rows, lambda z, r: par.attribute_loss(z, data.labels[r], "ce"),
                validate, common.argparse.Namespace(out=out, **defaults | settings), checkpoint, record)
     return record
@@ -592,6 +596,43 @@ def test_transparency_is_laid_on_white_and_photographs_turned_upright(tmp_path):
     assert common.read_image(tmp_path / "side.jpg").shape == (3, 20, 10)
 
 
+def test_images_of_every_mode_are_read_alike(tmp_path):
+    values = np.linspace(0, 255, 64 * 32).reshape(64, 32)
+    images = {"gray.png": Image.fromarray(values.astype(np.uint8)),
+              "16 bits.png": Image.fromarray((values * 257).astype(np.uint16)),
+              "float.tif": Image.fromarray(values.astype(np.float32)),
+              "palette.gif": Image.fromarray(values.astype(np.uint8)).convert("P"),
+              "cmyk.jpg": Image.fromarray(values.astype(np.uint8)).convert("CMYK"),
+              "l\u00e4ngs 'und' \"quer\".bmp": Image.fromarray(values.astype(np.uint8)).convert("RGB")}
+    for name, image in images.items():
+        if os.name != "nt" or '"' not in name:
+            image.save(tmp_path / name)
+            read = common.read_image(tmp_path / name)
+            assert read.shape == (3, 64, 32) and np.abs(read.numpy() - values).max() <= 6, name
+
+
+def test_what_cannot_be_read_is_named_once_and_the_rest_is_done(trained, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "mine"
+    (folder / "sub").mkdir(parents=True)
+    Image.new("RGB", (40, 90), "red").save(folder / "sub" / "fine.webp")
+    Image.new("RGB", (4000, 3000), "blue").save(folder / "large.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no image")
+    (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:3000])
+    expected = 3
+    if os.name != "nt":
+        (folder / "loop").symlink_to(folder, target_is_directory=True)
+        (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
+        (folder / "two\nlines.jpg").write_text("no image")
+        expected += 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_000_001)
+    Image.new("L", (4100, 3000)).save(folder / "bomb.png")
+    assert call(par, "--eval", trained / "par_best.pt", "--predict", folder) == 0
+    out, err = capsys.readouterr()
+    assert [Path(row["file"]).name for row in csv.DictReader(out.splitlines())] == ["large.png", "fine.webp"]
+    assert err.count("Skipped: ") == err.count("\n") == expected + 1 and "bomb.png is too large an image" in err
+
+
 def test_the_four_losses_side_by_side(market, tmp_path, capsys):
     assert call(par, "--data", market, "--loss", "all", "--epochs", 1, "--batch", 8, "--size", "64x32",
                 "--out", tmp_path / "par_best.pt") == 0
@@ -837,6 +878,98 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(module, market, tmp_
     assert "epoch  3/3" not in capsys.readouterr().out and (tmp_path / "cut_best.pt").read_bytes() == before
 
 
+KILLS = int(os.environ.get("KILLS", "1"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("module", [par, reid])
+def test_a_killed_run_resumes_to_the_same_bits(module, market, tmp_path):
+    """SIGKILL at a random moment of a real run; the long form is KILLS=20 pytest -k killed."""
+    arguments = ["--data", str(market), "--epochs", "3", "--batch", "8", "--size", "64x32", "--device", "cpu", "--out"]
+    whole = tmp_path / "whole_best.pt"
+    assert call(module, *arguments, whole) == 0
+    record = json.loads(whole.with_suffix(".json").read_text())
+    lasts, random = record["seconds"]["training"] + record["seconds"]["validation"], np.random.RandomState(0)
+    code = f"import common, {module.__name__}; common.precision = lambda device: 'float32'; " \
+           f"common.run({module.__name__}.main)"
+    for k in range(KILLS):
+        out = tmp_path / str(k) / "cut_best.pt"
+        with subprocess.Popen([sys.executable, "-uc", code, *arguments, str(out)], stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": str(HERE)}) as process:
+            while "validation crops" not in process.stdout.readline():
+                assert process.poll() is None
+            time.sleep(random.uniform(0, 1.2 * lasts))
+            process.kill()
+        assert call(module, *arguments, out, "--resume") == 0
+        first, second = (common.load_checkpoint(path, module.__name__) for path in (whole, out))
+        assert first["epoch"] == second["epoch"]
+        assert all(torch.equal(v, second["model"][name]) for name, v in first["model"].items())
+        ours = json.loads(out.with_suffix(".json").read_text())
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+                for row in record["epochs"] + ours["epochs"]]
+        assert rows[:3] == rows[3:] and record["final"] == ours["final"]
+
+
+def test_a_run_killed_between_its_two_checkpoints_goes_on(market, tmp_path, capsys):
+    """The best checkpoint is newer than the state to resume: that is still one run. That of another run is not."""
+    data, out = common.load_market(market, "train", (32, 32)), tmp_path / "x_best.pt"
+
+    def run(figures, **settings):
+        figures, model = iter(figures), par.AttributeNet()
+        record = short_fit(model, data, torch.arange(16), out, lambda: {"f1": next(figures)}, epochs=4, **settings)
+        return [row["f1"] for row in record["epochs"]]
+
+    class Kill(BaseException):
+        pass
+
+    assert run([0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]
+    saved, save = [], common.save_checkpoint
+
+    def dies(path, checkpoint):
+        if len(saved) == 3:
+            raise Kill
+        saved.append(path)
+        save(path, checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", dies)  # dies after best 1, last 1, best 2
+        with pytest.raises(Kill):
+            run([0.5, 0.6])
+    assert run([0.6, 0.7, 0.8], resume=True) == [0.5, 0.6, 0.7, 0.8]
+    assert "Going on after epoch 1" in capsys.readouterr().out
+    out.unlink()
+    assert run([0.1, 0.2, 0.3, 0.4], resume=True) == [0.1, 0.2, 0.3, 0.4]
+    assert "is not of the run that wrote" in capsys.readouterr().out
+
+
+def test_earlier_runs_are_set_aside_and_none_is_lost(market, tmp_path, capsys):
+    arguments = ["--data", market, "--epochs", 1, "--batch", 8, "--size", "32x32", "--out", tmp_path / "p_best.pt"]
+    kept = []
+    for seed in range(3):
+        assert call(par, *arguments, "--seed", seed) == 0
+        kept.append([(tmp_path / f"p_best.{end}").read_bytes() for end in ("pt", "json")])
+    assert "of an earlier run is now" in capsys.readouterr().out
+    for old, name in zip(kept, ("p_best.old", "p_best.old2", "p_best")):
+        assert old == [(tmp_path / f"{name}.{end}").read_bytes() for end in ("pt", "json")]
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(market, tmp_path, capsys, monkeypatch):
+    arguments = ["--data", market, "--epochs", 1, "--batch", 8, "--size", "32x32", "--out", tmp_path / "p_best.pt"]
+    assert call(par, *arguments) == 0
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    capsys.readouterr()
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    assert call(par, *arguments, "--resume", "--epochs", 1) == 0  # nothing to train, nothing to write
+    monkeypatch.setattr(common, "set_aside", lambda out: None)
+    assert call(par, *arguments) == 2
+    check_sentence(capsys, "p_best.pt cannot be written ([Errno 28] No space left on device)")
+    assert before.keys() == {p for p in tmp_path.iterdir()}
+    assert all(p.read_bytes() == data for p, data in before.items() if p.suffix == ".pt")
+
+
 def test_stage_1_learns_drawn_people(tmp_path, capsys):
     """Clothes' lengths and colours are plain to see: a few steps must beat always naming the commonest class."""
     common.draw_market(tmp_path, 60, 4, seed=3)
@@ -978,6 +1111,23 @@ BROKEN_DATA = {
         "notes.txt is not named like a crop"),
     "a name that does not parse": (lambda r: a_crop(r).rename(a_crop(r).with_name("person.jpg")),
         "person.jpg is not named like a crop"),
+    "annotations that are a folder": (lambda r: [(r / "annotations_train.csv").unlink(),
+                                                 (r / "annotations_train.csv").mkdir()] and (r / "x.csv").touch(),
+        "has no annotations"),
+    "a table without rows": (lambda r: (r / "annotations_train.csv").write_text("id,age\n"), "has no column 'gender'"),
+    "a table that ends early": (lambda r: edit_csv(r, lambda rows: rows[:5]), "lack identity 0006"),
+    "identities that are none": (lambda r: edit_csv(r, lambda rows: rows[3].update(id="x4")), "column 'id' holds 'x4'"),
+    "an identity of a fraction": (lambda r: edit_csv(r, lambda rows: rows[3].update(id="4.5")), "holds '4.5'"),
+    "a value that is infinite": (lambda r: edit_csv(r, lambda rows: rows[3].update(hat="inf")), "holds 'inf'"),
+    "two flags in one cell": (lambda r: edit_csv(r, lambda rows: rows[3].update(hat="1 2")), "holds '1 2'"),
+    "a crop that is a folder": (lambda r: [a_crop(r).with_name("0001_c9s1_000001_01.jpg").mkdir()],
+        "is not a readable image"),
+    "a camera that is missing": (lambda r: a_crop(r).rename(a_crop(r).with_name("0001_s1_000025_01.jpg")),
+        "is not named like a crop"),
+    "a picture of another format": (lambda r: a_crop(r).rename(a_crop(r).with_name("0001_c1s1_000025_01.png")),
+        "is not named like a crop"),
+    "a train folder that is a file": (lambda r: [(r / "bounding_box_train").rename(r / "elsewhere"),
+                                                 (r / "bounding_box_train").write_text("")], "has no folder"),
     "too few identities": (lambda r: [p.unlink() for p in (r / "bounding_box_train").iterdir() if p.name > "0004"],
         "too few to split"),
 }
@@ -999,14 +1149,37 @@ def check_sentence(capsys, sentence):
 
 
 def save_broken(path, kind, **changes):
-    torch.save({"kind": kind, "version": 1} | changes, path)
+    torch.save({"version": 1} | changes | {"kind": kind}, path)
     return path
 
 
-def without_stage_1(trained, folder):
-    checkpoint = common.load_checkpoint(trained / "reid_best.pt", "reid")
-    common.save_checkpoint(folder / "without.pt", checkpoint | {"attributes": None})
-    return folder / "without.pt"
+def changed(trained, folder, kind, **changes):
+    """A good checkpoint but for some parts."""
+    good = common.load_checkpoint(trained / f"{kind}_best.pt", kind)
+    common.save_checkpoint(folder / "changed.pt", good | changes)
+    return folder / "changed.pt"
+
+
+def cut(path, folder, length=9000):
+    (folder / "cut.pt").write_bytes(path.read_bytes()[:length])
+    return folder / "cut.pt"
+
+
+def with_code(folder):
+    (folder / "code.pt").write_bytes(pickle.dumps(print))
+    return folder / "code.pt"
+
+
+def zip_bomb(folder):
+    with zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("archive/data.pkl", pickle.dumps({}))
+        packed.writestr("archive/data/0", bytes(10**8))
+    return folder / "bomb.pt"
+
+
+def as_last(trained, folder):
+    (folder / "x_last.pt").write_bytes((trained / "par_best.pt").read_bytes())
+    return ["--out", folder / "x_best.pt"]
 
 
 BROKEN_ARGUMENTS = {
@@ -1033,7 +1206,8 @@ BROKEN_ARGUMENTS = {
         "name one class of hat: no, yes."),
     "two classes of one attribute": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t, "--find",
                                                          "hat=no", "hat=yes"], "name one class of hat"),
-    "words without stage 1": (reid, lambda t, f: ["--eval", without_stage_1(f, t), "--gallery", t, "--find", "hat=no"],
+    "words without stage 1": (reid, lambda t, f: ["--eval", changed(f, t, "reid", attributes=None),
+                                                "--gallery", t, "--find", "hat=no"],
         "was trained without --init"),
     "a precision that is not reached": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--precision", 1, "--gallery",
                                                             HERE / ".github", "--search", HERE / ".github"],
@@ -1056,7 +1230,31 @@ BROKEN_ARGUMENTS = {
     "a future version": (reid, lambda t, f: ["--init", save_broken(t / "x.pt", "par", version=2)],
         "is not a checkpoint of this version"),
     "a checkpoint that lacks its split": (reid, lambda t, f: ["--init", save_broken(t / "x.pt", "par", model={})],
-        "is not a checkpoint of this version"),
+        "is not a whole checkpoint"),
+    "a checkpoint cut short": (reid, lambda t, f: ["--init", cut(f / "par_best.pt", t)],
+        "is not a readable checkpoint"),
+    "an empty checkpoint": (par, lambda t, f: ["--eval", cut(f / "par_best.pt", t, 0)], "is not a readable checkpoint"),
+    "a pickle with code": (par, lambda t, f: ["--eval", with_code(t)],
+        "is not a readable checkpoint (UnpicklingError)"),
+    "a zip bomb": (par, lambda t, f: ["--eval", zip_bomb(t)], "is not a readable checkpoint"),
+    "a checkpoint without an epoch": (par, lambda t, f: ["--eval", changed(f, t, "par", epoch=None)],
+        "is not a whole checkpoint"),
+    "a checkpoint without arguments": (par, lambda t, f: ["--eval", changed(f, t, "par", args=None)],
+        "is not a whole checkpoint"),
+    "a checkpoint of an absurd size": (par, lambda t, f: ["--eval", changed(f, t, "par", args={"size": (10**6, 64)})],
+        "is not a whole checkpoint"),
+    "a checkpoint whose split is text": (par, lambda t, f: ["--eval", changed(f, t, "par", train_ids="all")],
+        "is not a whole checkpoint"),
+    "a checkpoint of absurd dimensions": (reid, lambda t, f: ["--eval", changed(
+        f, t, "reid", args={"size": (128, 64), "dim": 10**9})], "is not a whole checkpoint"),
+    "a checkpoint without distances": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances=None)],
+        "is not a whole checkpoint"),
+    "weights of another network": (par, lambda t, f: ["--eval", changed(f, t, "par", model={"x": torch.zeros(3)})],
+        "do not fit the network"),
+    "weights that are no tensors": (par, lambda t, f: ["--eval", changed(f, t, "par", model=dict.fromkeys("ab", 1))],
+        "do not fit the network"),
+    "a best checkpoint as the last": (par, lambda t, f: ["--resume", *as_last(f, t)],
+        "does not hold the state of a run"),
     "another size than the checkpoint's": (reid, lambda t, f: ["--init", f / "par_best.pt", "--size", "64x32"],
         "was trained with --size 128x64"),
     "training and scoring at once": (reid, lambda t, f: ["--init", f / "par_best.pt", "--eval", f / "reid_best.pt"],
@@ -1079,6 +1277,52 @@ def test_broken_arguments_are_named_in_a_sentence(case, market, trained, tmp_pat
     assert call(module, "--data", market, "--out", tmp_path / "out" / "o.pt", *arguments(tmp_path, trained)) == 2
     check_sentence(capsys, sentence)
     assert before == {p: p.read_bytes() for p in trained.iterdir()}
+
+
+MUTATIONS = int(os.environ.get("MUTATIONS", "40"))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "csv", "mat", "jpeg"])
+def test_mutated_files_end_in_a_sentence_or_in_work(kind, market, trained, tmp_path, capsys):
+    """Flip bytes of a good file, or cut it; the long form is MUTATIONS=2000 pytest -k mutated."""
+    root = copy_of(market, tmp_path)
+    if kind == "mat":
+        scipy = pytest.importorskip("scipy.io")
+        for half in ("train", "test"):
+            (root / f"annotations_{half}.csv").unlink()
+        people = [row | {"id": k} for k in range(1, 11) for row in annotation_rows(downblack=2)[1:]]
+        half = {k: np.array([row[k] for row in people], np.uint8) for row in people[:1] for k in row if k != "id"}
+        half["image_index"] = np.array([f"{row['id']:04d}" for row in people], object)
+        scipy.savemat(root / "market_attribute.mat", {"market_attribute": {"train": half, "test": half}},
+                      do_compression=True)
+    path, command = {
+        "checkpoint": (trained / "par_best.pt", ["--predict", a_crop(root)]),
+        "csv": (root / "annotations_train.csv", ["--stats", "--data", root, "--out", tmp_path / "p.pt"]),
+        "mat": (root / "market_attribute.mat", ["--stats", "--data", root, "--out", tmp_path / "p.pt"]),
+        "jpeg": (a_crop(root), ["--stats", "--data", root, "--out", tmp_path / "p.pt"])}[kind]
+    if kind == "checkpoint":
+        path, command = tmp_path / "mutated.pt", ["--eval", tmp_path / "mutated.pt", *command]
+        path.write_bytes((trained / "par_best.pt").read_bytes())
+    good, random, ends = path.read_bytes(), np.random.RandomState(0), []
+    assert call(par, *command) == 0
+    expected = capsys.readouterr().out
+    for k in range(MUTATIONS // 4):
+        bad = np.frombuffer(good, np.uint8).copy()
+        if k % 4 == 3:
+            bad = bad[:random.randint(len(bad))]
+        else:  # anywhere, or near an end, where a zip file keeps its table of contents and a JPEG its header
+            reach = (len(bad), min(len(bad), 2000))[k % 2]
+            places = random.randint(reach, size=random.randint(1, 9))
+            places = len(bad) - 1 - places if random.rand() < 0.5 else places
+            bad[places] ^= random.randint(1, 256, len(places), np.uint8)
+        path.write_bytes(bad.tobytes())
+        begin = time.perf_counter()
+        ends.append(call(par, *command))  # another exception than the ones that `run` knows would fail here
+        out, err = capsys.readouterr()
+        assert time.perf_counter() - begin < 20 and ends[-1] in (0, 2) and (ends[-1] == 0 or err.count("\n") == 1)
+        if kind == "checkpoint" and ends[-1] == 0:
+            assert out == expected
+    assert 2 in ends
 
 
 def test_a_checkpoint_of_other_identities_is_refused(trained, tmp_path, capsys):
