@@ -388,7 +388,7 @@ def take(crops, rows, device):
     if crops.device == device:
         return crops[rows]
     chosen = crops[rows.cpu()]
-    return (chosen.pin_memory() if device.type == "cuda" else chosen).to(device, non_blocking=True)
+    return chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen.to(device)
 
 
 def infer(model, crops, rows=None):
@@ -437,11 +437,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
         with autocast(device):
             loss = criterion(model(x), now)
-        model.zero_grad()
-        optimizer.zero_grad()
         loss.backward()
         for view, p in zip(dense, parameters):
-            view.grad = None if p.grad is None else flat(p.grad)
+            view.grad, p.grad = None if p.grad is None else flat(p.grad), None
         for group in optimizer.param_groups:
             group.update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
         optimizer.step()
@@ -451,18 +449,22 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     best, first, spent = None, 1, {"training": 0.0, "validation": 0.0}
     last = load_last(out, checkpoint) if args.resume else None
     if last:
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        generator.set_state(last["generator"])
-        torch.set_rng_state(last["rng"])
-        if device.type != "cpu" and device.type == last["args"]["device"]:
-            getattr(torch, device.type).set_rng_state(last["device_rng"])
+        try:
+            model.load_state_dict(last["model"])
+            optimizer.load_state_dict(last["optimizer"])
+            generator.set_state(last["generator"])
+            torch.set_rng_state(last["rng"])
+            if device.type != "cpu" and device.type == last["args"]["device"]:
+                getattr(torch, device.type).set_rng_state(last["device_rng"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{last_path(out)} does not hold the state of a run: start without --resume.") from None
         record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
         first, spent = last["epoch"] + 1, last["spent"]
         print(f"Going on after epoch {last['epoch']}.")
     for epoch in range(first, args.epochs + 1):
         if best and epoch - 1 - best["epoch"] >= args.patience:
             print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
+        optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
             break
         items = plan(generator)
         batch = min(args.batch, len(items))
@@ -504,11 +506,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         record["epochs"].append(row)
         record["metrics"] = list(figures)
         better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
-        if better:
-            if best is None:
-                set_aside(out)
-            best = row
-            save_checkpoint(out, dict(checkpoint, model=model.state_dict(), epoch=epoch))
+        first_best, best = best is None, row if better else best
         spent["training"] += row["seconds"]
         record["seconds"] |= {what: round(seconds, 1) for what, seconds in spent.items()}
         write_record(out, record)
@@ -516,7 +514,11 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
             checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
             rng=torch.get_rng_state(),
             device_rng=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
-            epoch=epoch, rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent))
+            rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent))
+        if better:
+            save_checkpoint(out, checkpoint, before=lambda: first_best and set_aside(out))
+        record["seconds"] |= {what: round(seconds, 1) for what, seconds in spent.items()}
+        write_record(out, record)
         progress("")
         print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
               + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
@@ -575,29 +577,46 @@ def last_path(out):
 
 
 def load_last(out, checkpoint):
-    """The state to resume the run that writes `out`, if there is one; UserError if its arguments were others."""
+    """The state to resume the run that writes `out`, if there is one; UserError if it is of other data or arguments.
+
+    The best checkpoint is written after that state: where a run was killed between the two, it is written here.
+    """
     path = last_path(out)
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
-    if not {"optimizer", "generator", "rng", "device_rng", "rows", "metrics", "best", "spent"} <= set(last):
-        raise UserError(f"{path} does not hold the state of a run: delete it, and start without --resume.")
+    try:
+        whole = last["best"]["epoch"] <= last["epoch"] == last["rows"][-1]["epoch"] == len(last["rows"]) \
+            and {"training", "validation"} <= set(last["spent"]) and set(last["metrics"]) <= set(last["best"]) \
+            and {"run", "optimizer", "generator", "rng", "device_rng"} <= set(last)
+    except (KeyError, TypeError, IndexError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} does not hold the state of a run: start without --resume.")
     changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
     changed = [k for k in changed if k not in ("resume", "device", "out", "demo")]
     if changed:
         raise UserError(f"{path} is of a run with another --{changed[0]} "
                         f"({last['args'].get(changed[0])}): resume with the arguments it had.")
-    # The best checkpoint is written first: a run that was killed between the two goes on from the epoch before.
-    saved = load_checkpoint(out, checkpoint["kind"])["epoch"] if out.exists() else None
-    if saved not in (last["best"]["epoch"], last["epoch"] + 1):
-        return print(f"{path} is not of the run that wrote {out}: starting.")
+    ours, theirs = ({"train": c["train_ids"], "validation": c["validation_ids"], **(c.get("attributes") or {})}
+                    for c in (checkpoint, last))
+    if ours.keys() != theirs.keys() or not all(torch.equal(v, theirs[k]) for k, v in ours.items()):
+        raise UserError(f"{path} is of a run with other data, or from another checkpoint: start without --resume.")
+    saved = load_checkpoint(out, checkpoint["kind"]) if out.exists() else {}
+    if (saved.get("run"), saved.get("epoch")) != (last["run"], last["best"]["epoch"]):
+        if last["best"]["epoch"] != last["epoch"]:
+            raise UserError(f"{out} is not the best checkpoint of the run in {path}: put that back, or start without "
+                            "--resume.")
+        state = ("optimizer", "generator", "rng", "device_rng", "rows", "metrics", "best", "spent")
+        save_checkpoint(out, {k: v for k, v in last.items() if k not in state},
+                        before=lambda: saved.get("run") != last["run"] and set_aside(out))
     return last
 
 
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
-    k = ""
-    while out.with_suffix(f".old{k}{out.suffix}").exists():
+    both, k = (out, out.with_suffix(".json")), ""
+    while any(path.with_suffix(f".old{k}{path.suffix}").exists() for path in both):
         k = (k or 1) + 1
     for path in (out, out.with_suffix(".json")):
         if path.exists():
@@ -615,8 +634,11 @@ def progress(text):
 # ------------------------------------------------------------------------------------------- files, settings, errors
 
 
-def write_whole(path, write):
-    """Call write(file) on a temporary file beside `path`, then put it in its place: whole or not at all."""
+def write_whole(path, write, before=lambda: None):
+    """Call write(file) on a temporary file beside `path`, then put it in its place: whole or not at all.
+
+    before: called when the file is whole, just before it takes its place.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -625,11 +647,14 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:
+        while isinstance(error, RuntimeError) and error.__context__:  # torch.save's hides what it came from
+            error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            raise error from None
         raise UserError(f"{path} cannot be written ({error}).") from None
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def check_output(path, suffixes=(".pt", ".pth")):
@@ -642,6 +667,7 @@ def check_output(path, suffixes=(".pt", ".pth")):
         probe.touch()
         probe.unlink()
     except OSError as error:
+        before()
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 
 
@@ -682,16 +708,20 @@ def torch_load(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
-def save_checkpoint(path, checkpoint):
+def save_checkpoint(path, checkpoint, before=lambda: None):
     """Write a checkpoint: a dict of tensors and plain values with "kind", "model", "args", "train_ids", ..."""
-    write_whole(path, lambda file: torch.save(dict(checkpoint, version=1), file))
+    write_whole(path, lambda file: torch.save(dict(checkpoint, version=1, classes=ATTRIBUTES), file), before)
 
 
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
     checkpoint = torch_load(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in ("par", "reid") \
-            or checkpoint.get("version") != 1:
+    try:
+        known = checkpoint["kind"] in ("par", "reid") and checkpoint["version"] == 1 \
+            and checkpoint["classes"] == ATTRIBUTES
+    except Exception:  # whatever is missing or of another type
+        known = False
+    if not known:
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
@@ -980,7 +1010,7 @@ def charts(path, panels, columns=1, size=(560, 330)):
             text(x1, y1 - 18, name, "rm", 12, colour)
             x1 -= pen.textlength(name, ImageFont.load_default(12 * scale)) / scale + 18
     picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
-    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
+    write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 def sheet(path, rows, height=256, beside=False):
@@ -1011,7 +1041,7 @@ def sheet(path, rows, height=256, beside=False):
                         text = text[:-1]
                     text += "\u2026"
                 pen.text((left, top + 18 * j), text, colour, font)
-    write_whole(path, lambda file: picture.save(file, "PNG", optimize=True))
+    write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 def ticks(low, high):
