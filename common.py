@@ -88,7 +88,7 @@ def load_market(root, part, size=(128, 64)):
     names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in ("thumbs.db", "desktop.ini"))
     if not names:
         raise UserError(f"{folder} holds no crops.")
-    parsed = [re.match(r"(-1|\d+)_c(\d+).*\.jpe?g$", n, re.IGNORECASE) for n in names]
+    parsed = [re.match(r"(-1|\d{1,9})_c(\d{1,9}).*\.jpe?g$", n, re.IGNORECASE) for n in names]
     if None in parsed:
         raise UserError(f"{folder / names[parsed.index(None)]} is not named like a crop of Market-1501 "
                         "(0002_c1s1_000451_03.jpg: identity 2, camera 1): rename it or move it out of the folder.")
@@ -114,12 +114,15 @@ def read_crops(paths, size):
     def read(start):
         batch = paths[start:start + 512]
         try:
-            decoded = torchvision.io.decode_jpeg([torch.from_numpy(np.fromfile(p, np.uint8)) for p in batch],
-                                                 torchvision.io.ImageReadMode.RGB)
+            files = [np.fromfile(p, np.uint8) for p in batch]
+            if any(len(file) > 2**17 for file in files):
+                raise RuntimeError("no crop of a person")  # one at a time then, and Pillow has a limit
+            decoded = torchvision.io.decode_jpeg([torch.from_numpy(file) for file in files],
+                                                 torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
         except (RuntimeError, OSError, AttributeError):
             # Pillow is slower, reads more, and says which file it is. (torchvision 0.29 announces that its decoder
             # will go one day: that is the AttributeError.)
-            decoded = [read_image(p) for p in batch]
+            decoded = [resize(read_image(p), list(size), antialias=True) for p in batch]
         here = crops[start:start + len(batch)]
         if all(crop.shape[1:] == tuple(size) for crop in decoded):
             torch.stack(decoded, out=here)
@@ -138,8 +141,9 @@ def read_image(path):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would cut off at 255
-                values = np.asarray(image, np.float64)
+                values = np.nan_to_num(np.asarray(image, np.float64))
                 white = 65535 if image.mode.startswith("I;16") else max(255, values.max())
+                white = 1 if image.mode == "F" and values.max() <= 1 else white
                 image = Image.fromarray((values.clip(0, white) * (255 / white)).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -165,12 +169,23 @@ def read_user_images(paths, size):
             print(f"Skipped: {path} holds no files.", file=sys.stderr)
         files += found
     read, crops = [], []
-    for path in files:
+
+    def decode(path):
         try:
-            crops.append(resize(read_image(path), list(size), antialias=True))
-            read.append(path)
+            return resize(read_image(path), list(size), antialias=True)
         except UserError as error:
-            print("Skipped:", *str(error).splitlines(), file=sys.stderr)
+            return error
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for k, (path, crop) in enumerate(zip(files, pool.map(decode, files)), 1):
+            progress(f"reading {k} of {len(files)}")
+            if isinstance(crop, UserError):
+                print("Skipped:", *str(crop).splitlines(), file=sys.stderr)
+            else:
+                read.append(path)
+                crops.append(crop)
+    progress("")
+    if 0 < len(read) < len(files):
+        print(f"{len(files) - len(read)} of {len(files)} files were skipped.", file=sys.stderr)
     if not crops:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
     return read, torch.stack(crops)
@@ -186,7 +201,8 @@ def read_annotations(root, half):
     if source.is_file():
         try:
             text = source.read_text("utf-8-sig")
-            reader = csv.DictReader(text.splitlines(), delimiter=";" if ";" in text.split("\n")[0] else ",")
+            lines = [line for line in text.splitlines() if line.strip(" ,;\t")] or [""]
+            reader = csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ",")
             rows = list(reader)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{source} cannot be read as a table ({error}).") from None
@@ -209,8 +225,10 @@ def read_annotations(root, half):
     def column(name, highest):
         if name not in columns:
             raise UserError(f"{source} has no column '{name}'.")
-        numbers = []
-        for row, value in enumerate(np.atleast_1d(columns[name])):
+        numbers, values = [], np.atleast_1d(columns[name])
+        if len(values) != len(np.atleast_1d(columns["id"])):
+            raise UserError(f"{source}: column '{name}' has {len(values)} rows, column 'id' another number.")
+        for row, value in enumerate(values):
             try:
                 numbers.append(int(float(value)))
                 fits = numbers[-1] == float(value) and 1 <= numbers[-1] <= highest
@@ -443,11 +461,13 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         for group in optimizer.param_groups:
             group.update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
         optimizer.step()
+        optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
         return loss.detach()
 
     run_step = graphed(step) if cuda else step
     best, first, spent = None, 1, {"training": 0.0, "validation": 0.0}
     last = load_last(out, checkpoint) if args.resume else None
+    checkpoint["run"] = last["run"] if last else os.urandom(8).hex()
     if last:
         try:
             model.load_state_dict(last["model"])
@@ -464,7 +484,6 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     for epoch in range(first, args.epochs + 1):
         if best and epoch - 1 - best["epoch"] >= args.patience:
             print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
-        optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
             break
         items = plan(generator)
         batch = min(args.batch, len(items))
@@ -508,11 +527,10 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
         first_best, best = best is None, row if better else best
         spent["training"] += row["seconds"]
-        record["seconds"] |= {what: round(seconds, 1) for what, seconds in spent.items()}
-        write_record(out, record)
+        checkpoint.update(model=model.state_dict(), epoch=epoch)
+        # First the state to resume: what it calls the best epoch can be written from it, if that is cut off.
         save_checkpoint(last_path(out), dict(
-            checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-            rng=torch.get_rng_state(),
+            checkpoint, optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
             device_rng=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
             rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent))
         if better:
@@ -618,7 +636,7 @@ def set_aside(out):
     both, k = (out, out.with_suffix(".json")), ""
     while any(path.with_suffix(f".old{k}{path.suffix}").exists() for path in both):
         k = (k or 1) + 1
-    for path in (out, out.with_suffix(".json")):
+    for path in both:
         if path.exists():
             os.replace(path, path.with_suffix(f".old{k}{path.suffix}"))
             print(f"{path} of an earlier run is now {path.with_suffix(f'.old{k}{path.suffix}')}.")
@@ -646,6 +664,7 @@ def write_whole(path, write, before=lambda: None):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         while isinstance(error, RuntimeError) and error.__context__:  # torch.save's hides what it came from
@@ -667,7 +686,6 @@ def check_output(path, suffixes=(".pt", ".pth")):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        before()
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 
 
@@ -735,7 +753,7 @@ def load_checkpoint(path, kind):
             curve = checkpoint["distances"]
             whole = whole and args["dim"] in range(1, 4097) and "attributes" in checkpoint \
                 and len(curve["edges"]) - 1 == torch.stack([curve["matches"], curve["others"]]).shape[1] > 0
-    except Exception:  # whatever is missing or of another type
+    except Exception:
         whole = False
     if not whole:
         raise UserError(f"{path} is not a whole checkpoint: parts of it are missing or not what they should be.")
@@ -827,6 +845,8 @@ def start(args, path=None, checkpoint=None, data=True):
         raise UserError(f"{path} was trained with --size {saved[0]}x{saved[1]}: leave --size out.")
     args.size = saved or args.size or (128, 64)
     if not data:
+        source = f"trained on {checkpoint['args'].get('data')}" + " (DEMO SET)" * bool(checkpoint["args"].get("demo"))
+        args.about = f"{path}, {source} | {device.type}, {precision(device)} | {args.size[0]}x{args.size[1]}"
         return device
     if args.data is None:
         args.data = Path("Market-1501-v15.09.15")
@@ -843,7 +863,7 @@ def start(args, path=None, checkpoint=None, data=True):
     args.demo = (args.data / DRAWN).is_file()
     args.weights = args.weights or ("none" if args.demo else "imagenet")
     if args.demo:
-        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501. "
+        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501.\n"
               "README says how to get that.")
     print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
           f"{args.size[0]}x{args.size[1]} | weights {path or args.weights} | seed {args.seed}", flush=True)
@@ -960,11 +980,11 @@ def charts(path, panels, columns=1, size=(560, 330)):
                 text(left + 125 + length, y, f"{value:.1f} %", "lm", 12)
             continue
         if "matrix" in panel:
-            n, x0, y0 = len(panel["classes"]), left + 84, top + 66
-            w, h = (width - 100) / n, min(0.5 * (width - 100) / n, (height - 78) / n)
+            n, x0, y0 = len(panel["classes"]), left + 96, top + 66
+            w, h = (width - 112) / n, min(0.5 * (width - 112) / n, (height - 78) / n)
             for r, (name, counts) in enumerate(zip(panel["classes"], panel["matrix"].tolist())):
                 text(x0 + (r + 0.5) * w, y0 - 10, name, "mm", 11)
-                text(x0 - 6, y0 + (r + 0.5) * h, name, "rm", 11)
+                text(x0 - 6, y0 + (r + 0.5) * h, f"{name} ({sum(counts)})", "rm", 11)
                 for c, count in enumerate(counts):
                     share = count / sum(counts) if sum(counts) else 0
                     shade = tuple(round(255 + (v - 255) * share) for v in ImageColor.getrgb(COLOURS[0]))
@@ -1021,7 +1041,7 @@ def sheet(path, rows, height=256, beside=False):
     font, room = ImageFont.load_default(14), 8
     crop_width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
     lines = max(len(lines) for row in rows for _, lines, _ in row)
-    text_width = 170 if beside else max(140, crop_width)
+    text_width = 170 if beside else max(150, crop_width)
     wide = (crop_width + room + text_width if beside else text_width) + 2 * room
     tall = (max(height, 18 * lines) if beside else height + 18 * lines) + 3 * room
     picture = Image.new("RGB", (wide * max(map(len, rows)) + room, tall * len(rows) + room), "white")
@@ -1036,10 +1056,11 @@ def sheet(path, rows, height=256, beside=False):
             left, top = (x + crop_width + room, y) if beside else (x, y + height + room)
             for j, line in enumerate(lines):
                 text, colour = (line, INK) if isinstance(line, str) else line
+                text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
                 if pen.textlength(text, font) > text_width:
-                    while pen.textlength(text + "\u2026", font) > text_width:
+                    while pen.textlength(text + "...", font) > text_width:
                         text = text[:-1]
-                    text += "\u2026"
+                    text += "..."
                 pen.text((left, top + 18 * j), text, colour, font)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
@@ -1049,6 +1070,8 @@ def ticks(low, high):
     span = high - low or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span))
     step = next(f * power for f in (0.2, 0.5, 1, 2) if span / (f * power) <= 6)
+    if isinstance(low, int) and isinstance(high, int):  # of epochs there are no halves
+        step = max(1, step)
     first = math.floor(low / step)
     return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
 

@@ -107,22 +107,23 @@ def score(predicted, labels):
 
 
 def log_probabilities(model, crops, rows=None):
-    """Of all 47 classes, attribute after attribute: uint8 crops [N, 3, H, W] -> float32 [N, 47], on the CPU."""
+    """Of all 41 classes, attribute after attribute: uint8 crops [N, 3, H, W] -> float32 [N, 41], on the CPU."""
     return torch.cat([z.log_softmax(1) for z in common.infer(model, crops, rows)], 1).cpu()
 
 
 def classes(log_p):
-    """Most probable class of each attribute: [N, 47] -> int64 [N, 12]."""
-    return torch.stack([part.argmax(1) for part in log_p.split([len(n) for n in ATTRIBUTES.values()], 1)], 1)
+    """Of each attribute the most probable class and its probability: [N, 41] -> int64 [N, 12], float32 [N, 12]."""
+    best = [part.max(1) for part in log_p.split([len(names) for names in ATTRIBUTES.values()], 1)]
+    return torch.stack([b.indices for b in best], 1), torch.stack([b.values for b in best], 1).exp()
 
 
 def predict(model, crops, rows=None):
     """Most probable classes: uint8 crops [N, 3, H, W] -> int64 [N, 12], on the CPU."""
-    return classes(log_probabilities(model, crops, rows))
+    return classes(log_probabilities(model, crops, rows))[0]
 
 
-def activation_maps(model, crops):
-    """Where the predicted class of each attribute comes from: uint8 crops [N, 3, H, W] -> float32 [N, 12, h, w].
+def activation_maps(model, crops, found):
+    """Where classes come from: uint8 crops [N, 3, H, W], classes int64 [N, 12] -> float32 [N, 12, h, w].
 
     Class activation maps (Zhou et al. 2016): a head is linear in the mean over layer4's map, so the same product at
     each of its places says what that place adds to the logit.
@@ -130,9 +131,9 @@ def activation_maps(model, crops):
     kept, device = [], next(model.parameters()).device
     handle = model.backbone.net.layer4.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with torch.inference_mode():
-        logits = model.eval()(crops.to(device))
+        model.eval()(crops.to(device))
         handle.remove()
-        weights = torch.stack([head[1].weight[z.argmax(1)] for head, z in zip(model.heads, logits)], 1)
+        weights = torch.stack([head[1].weight[which] for head, which in zip(model.heads, found.T.to(device))], 1)
         return torch.einsum("nac,nchw->nahw", weights, kept[0]).cpu()
 
 
@@ -200,10 +201,9 @@ def show(title, columns, commonest=None):
     rows = [[a.capitalize()] + [100 * v[k].item() for v in columns.values()] for k, a in enumerate(ATTRIBUTES)]
     rows.append(["Global"] + [100 * v.mean().item() for v in columns.values()])
     if commonest is not None:
-        for row, guess in zip(rows, [*commonest, commonest.mean()]):
-            row.append(f"{100 * guess:.2f}  ")
-    marked = commonest is not None
-    common.table(title, ["", *columns] + ["commonest"] * marked, rows, max if marked else None)
+        rows = [[*row, f"{100 * guess:.2f}  "] for row, guess in zip(rows, [*commonest, commonest.mean()])]
+        columns = [*columns, "commonest"]
+    common.table(title, ["", *columns], rows, None if commonest is None else max)
 
 
 def evaluate(args, checkpoint):
@@ -223,9 +223,9 @@ def evaluate(args, checkpoint):
         if args.confusion:
             path = args.out.with_name(f"par_confusion_{name}.png")
             common.charts(path, [
-                {"title": f"{a}: % of each true class (row), {name}", "classes": names, "matrix": counts}
+                {"title": f"{a}: % of a true class (row) predicted as", "classes": names, "matrix": counts}
                 for (a, names), counts in zip(ATTRIBUTES.items(), confusions(predicted, part.labels[rows]))],
-                          columns=3, size=(460, 320))
+                          columns=2, size=(520, 320))
             print(f"Confusion matrices: {path}")
     common.say_seconds(args.seconds)
 
@@ -248,31 +248,31 @@ def predict_files(args, checkpoint):
     """
     model = load(args, checkpoint)
     paths, crops = common.read_user_images(args.predict, args.size)
-    log_p = log_probabilities(model, crops)
-    found = classes(log_p)
-    sure = torch.stack([part.amax(1) for part in log_p.exp().split([len(n) for n in ATTRIBUTES.values()], 1)], 1)
+    found, sure = classes(log_probabilities(model, crops))
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
     named = [[names[c] for names, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
     for path, row, p in zip(paths, named, sure.tolist()):
         table.writerow([path, *row, *(f"{v:.3f}" for v in p)])
+    print(f"{len(paths)} images, by {args.about}", file=sys.stderr)
 
     texts = [[(f"{a}: {c}", f"{v:.2f}") for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
     if args.sheet:
-        cells = [(crop, [path.name, *map("  ".join, text)], None) for path, crop, text in zip(paths, crops, texts)][:60]
+        cells = [(crop, [path.stem, *map("  ".join, text)], None) for path, crop, text in zip(paths, crops, texts)][:60]
         path = args.out.with_name("par_sheet.png")
         common.sheet(path, [cells[i:i + 4] for i in range(0, len(cells), 4)], beside=True)
-        print(f"{path}: the attributes of {len(cells)} images", file=sys.stderr)
+        print(f"{path}: the attributes of {len(cells)} of them", file=sys.stderr)
     if args.maps:
         some = crops[:20]
-        maps = F.interpolate(activation_maps(model, some), some.shape[2:], mode="bilinear")
-        light = maps - maps.amin((2, 3), keepdim=True)
-        light = 0.25 + 0.75 * light / light.amax((2, 3), keepdim=True).clamp(min=1e-9)  # [n, 12, H, W]
-        lit = (some[:, None] * light[:, :, None]).byte()
+        maps = F.interpolate(activation_maps(model, some, found[:20]), some.shape[2:], mode="bilinear")
+        maps = maps - maps.amin((2, 3), keepdim=True)
+        share = 0.7 * (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-9))[:, :, None]  # [n, 12, 1, H, W]
+        orange = torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1)
+        lit = (some[:, None] * (1 - share) + orange * share).byte()
         path = args.out.with_name("par_maps.png")
-        common.sheet(path, [[(crop, [path.name], None), *((c, t, None) for c, t in zip(row, text))]
+        common.sheet(path, [[(crop, [path.stem], None), *((c, t, None) for c, t in zip(row, text))]
                             for path, crop, row, text in zip(paths, some, lit, texts)], height=192)
-        print(f"{path}: where each attribute of {len(some)} images comes from, lit", file=sys.stderr)
+        print(f"{path}: where each attribute of {len(some)} of them comes from, in orange", file=sys.stderr)
 
 
 def statistics(args):
@@ -294,7 +294,7 @@ def statistics(args):
 
 
 def main():
-    parser = common.Parser(usage="%(prog)s [options]", description=__doc__,
+    parser = common.Parser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 1").add_argument
     add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
@@ -317,6 +317,8 @@ def main():
         raise UserError("--sheet and --maps go with --predict PATH..., --confusion with --eval FILE alone.")
     checkpoint = args.eval and common.load_checkpoint(args.eval, "par")
     device = common.start(args, args.eval, checkpoint, data=not args.predict)
+    if not args.eval or args.confusion or args.sheet or args.maps:
+        common.check_output(args.out)
     if args.predict:
         return predict_files(args, checkpoint)
     if args.eval:
@@ -324,7 +326,6 @@ def main():
     if args.stats:
         return statistics(args)
 
-    common.check_output(args.out)
     state = common.backbone_weights(args.weights)
     with common.timed(args.seconds, "loading"):
         market = load_train(args)

@@ -148,7 +148,7 @@ class Crops:
     ids: torch.Tensor  # int64 [N]
     cameras: torch.Tensor  # int64 [N]
     attributes: torch.Tensor | None  # int64 [N, 12], as predicted by stage 1
-    log_p: torch.Tensor | None = None  # float32 [N, 47], its log-probabilities of all classes
+    log_p: torch.Tensor | None = None  # float32 [N, 41], its log-probabilities of all classes
 
 
 def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep=None, cross_camera=True):
@@ -253,8 +253,8 @@ def mean_distance(query, gallery):
 
 
 def distance_histograms(query, gallery, top=None, bins=1000):
-    """How the distances of pairs from two cameras lie: a dict of edges [bins + 1], and pairs in each bin, [bins], that
-    are matches and that are others (two identities). The last edge is `top`, by default the largest distance."""
+    """How distances lie: a dict of edges [bins + 1], and how many pairs are in each bin, [bins]: matches (of one
+    identity, from two cameras) and others (of two identities). The last edge is `top`, or the largest distance."""
     if top is None:
         top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
     counts = torch.zeros(2, bins, dtype=torch.float64)
@@ -289,10 +289,11 @@ def same_person(curve, hold=None):
     precision, recall = rates(curve)
     if hold is None:
         return int((precision * recall / (precision + recall).clamp(min=1e-300)).argmax())
-    enough = (precision >= hold).nonzero()
+    counted = (curve["matches"] + curve["others"]).cumsum(0) >= 100  # fewer pairs promise nothing
+    enough = (counted & (precision >= hold)).nonzero()
     if not len(enough):
-        raise UserError(f"No distance has a precision of {hold:g} on validation; the highest is {precision.max():.3f}: "
-                        "pass a lower --precision.")
+        raise UserError(f"No distance has a precision of {hold:g} on validation; the highest is "
+                        f"{precision[counted].max():.3f}: pass a lower --precision.")
     return int(enough[-1])
 
 
@@ -314,7 +315,7 @@ def score_selections(query, gallery, selections, cross_camera):
 
 
 def one_hot(attributes):
-    """Classes int64 [N, 12] -> float32 [N, 47]; a product of two such matrices counts the attributes that agree."""
+    """Classes int64 [N, 12] -> float32 [N, 41]; a product of two such matrices counts the attributes that agree."""
     return torch.cat([F.one_hot(attributes[:, k], len(names)) for k, names in enumerate(common.ATTRIBUTES.values())],
                      1).float()
 
@@ -322,7 +323,7 @@ def one_hot(attributes):
 def score_words(log_p, labels):
     """How well crops are found by their annotated attributes: as `rank_metrics`.
 
-    log_p: float32 [N, 47], from stage 1; labels: int64 [N, 12], -1 for distractors, which only can be wrong. Each
+    log_p: float32 [N, 41], from stage 1; labels: int64 [N, 12], -1 for distractors, which only can be wrong. Each
     combination of the twelve classes that occurs is a query, as for --find; its matches are the crops annotated so.
     """
     known = labels[:, 0] >= 0
@@ -361,7 +362,7 @@ def embed(model, attribute_net, crops, ids, cameras, rows=None):
     features = features.to(device)
     chosen = slice(None) if rows is None else rows
     log_p = None if attribute_net is None else par.log_probabilities(attribute_net, crops, rows).to(device)
-    attributes = None if attribute_net is None else par.classes(log_p)
+    attributes = None if attribute_net is None else par.classes(log_p)[0]
     return Crops(features, ids[chosen].to(device), cameras[chosen].to(device), attributes, log_p)
 
 
@@ -413,13 +414,13 @@ def train(args, initial, market, split, crops, state):
         here = embed(model, attribute_net, crops, market.person_ids, market.camera_ids, validation)
         results, threshold, hamming = report(args, here, here, f"{args.out}, {len(validation)} validation crops")
         curve = distance_histograms(here, here)
-    same = judge(same_person(curve, args.precision), {"validation": (curve, None)})
+    same = judge(same_person(curve), {"validation": (curve, None)})
     record["final"] = {"best epoch": best["epoch"], "threshold": threshold, "hamming": hamming, "validation": results,
                        "same person": same}
     common.write_record(args.out, record)
-    common.curves(args.out.with_suffix(".png"), record, f"Stage 2, from {start}")
+    common.curves(args.out.with_suffix(".png"), record, "Stage 2, with transfer" if initial else "Stage 2")
     figure_3(args.out.with_name(args.out.stem + "_distances.png"), curve,
-             {f"mean {threshold:.2f}": threshold, f"same person < {same['distance']:.2f}": same["distance"]})
+             {f"threshold {threshold:.2f}": threshold, f"same person < {same['distance']:.2f}": same["distance"]})
     common.say_seconds(record["seconds"])
     return results
 
@@ -437,16 +438,16 @@ def report(args, query, gallery, title, hamming=None, protocols=("all cameras", 
     elif hamming is None:
         hamming = tune_hamming(query, gallery)
     results, chosen = {}, selections(threshold, hamming)
-    names = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
+    columns = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
              "mINP": "mINP", "precision": "precision", "recall": "recall"}
     for protocol in protocols:
         results[protocol] = scores = score_selections(query, gallery, chosen, protocol == "across cameras")
-        rows = [[name] + [100 * m[k] for k in names] + [f"{m['length']:.1f}"] for name, m in scores.items()]
+        rows = [[name] + [100 * m[k] for k in columns] + [f"{m['length']:.1f}"] for name, m in scores.items()]
         common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)",
-                     ["selection", *names.values(), "length"], rows)
+                     ["selection", *columns.values(), "length"], rows)
     print(f"threshold: distance < {threshold:.3f}" + (" (the mean of all pairs)" if args.threshold == "mean" else "")
           + (f"; hamming: at most {hamming} of 12 predicted attributes differ" if hamming is not None else
-             "; no Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
+             "\nno Hamming filter: trained without --init, there is no stage 1 to predict attributes"))
     if "all cameras" in protocols:
         print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
               "buys is the precision of the returned lists, to the right with their recall and mean length.")
@@ -463,7 +464,7 @@ def judge(at, curves):
         precision, recall = (v[at].item() for v in rates(curve, share))
         found[name] = {"precision": precision, "recall": recall, "share of matches": share or prevalence(curve)}
     distance = curve["edges"][at + 1].item()
-    common.table(f"Same person: distance < {distance:.3f} (pairs from two cameras, %)",
+    common.table(f"Same person: distance < {distance:.3f} (%, matches across cameras)",
                  ["", "precision", "recall", "share of matches"],
                  [[name, *(100 * v for v in row.values())] for name, row in found.items()])
     return {"distance": distance, **next(iter(found.values()))}
@@ -476,7 +477,7 @@ def figure_3(path, curve, marks):
     lines = {name: (centres, (counts.view(-1, 10).sum(1) / counts.sum() / width).tolist())
              for name, counts in (("all pairs", curve["matches"] + curve["others"]), ("matches", curve["matches"]))}
     common.charts(path, [{
-        "title": "Figure 3: distances between validation crops of two cameras",
+        "title": "Figure 3: distances between validation crops, matches across cameras",
         "x": "Euclidean distance between embeddings", "y": "density", "lines": lines, "marks": marks}])
 
 
@@ -493,6 +494,8 @@ def evaluate(args, checkpoint):
     The Hamming parameter is tuned on validation and then used on test.
     """
     model, attribute_net = load(args, checkpoint)
+    curve = checkpoint["distances"]
+    at = same_person(curve, args.precision)
     with common.timed(args.seconds, "loading"):
         market, *test = (common.load_market(args.data, part, args.size) for part in ("train", "query", "gallery"))
     held = common.saved_split(checkpoint, market.person_ids, args.eval)[1].nonzero()[:, 0]
@@ -504,10 +507,8 @@ def evaluate(args, checkpoint):
     with common.timed(args.seconds, "ranking"):
         *_, hamming = report(args, here, here, f"{args.eval}, {len(held)} validation crops")
         report(args, query, gallery, f"{args.eval}, test set, {len(real)} gallery crops", hamming, ("across cameras",))
-        curve = distance_histograms(here, here)
         found = distance_histograms(query, gallery, curve["edges"][-1].item())
-    judge(same_person(curve, args.precision), {
-        "validation": (curve, None), "promised for test": (curve, prevalence(found)), "test": (found, None)})
+    judge(at, {"validation": (curve, None), "promised for test": (curve, prevalence(found)), "test": (found, None)})
     labels = test[1].labels[real]
     if gallery.log_p is not None and (labels >= 0).any():
         words = score_words(gallery.log_p, labels)
@@ -531,10 +532,12 @@ def show(path, query, gallery, test, real, count):
     distances[match & (gallery.cameras == query.cameras[picked, None])] = torch.inf
     nearest, sheet = distances.topk(min(10, len(real)), largest=False), []
     for i, q in enumerate(picked.tolist()):
-        row = [(test[0].images[q], [f"query, AP {100 * precision[q]:.1f}", test[0].names[q]], None)]
+        row = [(test[0].images[q], [f"query, AP {100 * precision[q]:.1f}", Path(test[0].names[q]).stem], None)]
         for rank, (g, d) in enumerate(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()), 1):
             verdict, colour = ("match", MATCH) if match[i, g] else ("another person", OTHER)
-            row.append((test[1].images[real[g]], [f"{rank}: {d:.2f}", (verdict, colour)], colour))
+            if d < torch.inf:
+                name = Path(test[1].names[real[g]]).stem
+                row.append((test[1].images[real[g]], [(f"{rank}: {d:.2f}, {verdict}", colour), name], colour))
         sheet.append(row)
     common.sheet(path, sheet)
     print(f"{path}: {len(sheet)} queries, from the highest AP to the lowest; blue: a match, orange: another person")
@@ -556,89 +559,92 @@ def export(args, checkpoint):
 
 def search(args, checkpoint):
     """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
+    print(args.about)
     model, attribute_net = load(args, checkpoint)
+    near, far, meaning = verdicts(args, checkpoint)
     (asked, queries), (paths, crops) = (common.read_user_images([p], args.size) for p in (args.search, args.gallery))
     unknown = torch.zeros(max(len(queries), len(crops)), dtype=torch.int64)
     query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
-    near, far, meaning = verdicts(args, checkpoint)
-    rows, i = [], 0
+    places, rows, i = {path.resolve(): g for g, path in enumerate(paths)}, [], 0
     for _, distances in distance_chunks(query, gallery):
-        nearest = distances.topk(min(args.top, len(crops)), largest=False)
-        for indices, values in zip(nearest.indices.tolist(), nearest.values.tolist()):
-            lines, cells = [], [(queries[i], ["query", asked[i].name, *names(query.attributes, i)], None)]
-            for rank, (g, d) in enumerate(zip(indices, values), 1):
+        for found in distances:
+            if (itself := places.get(asked[i].resolve())) is not None:
+                found[itself] = torch.inf
+            nearest = found.topk(min(args.top, len(crops)), largest=False)
+            lines, cells = [], [(queries[i], ["query", asked[i].stem, *names(query, i)], None)]
+            for rank, (g, d) in enumerate(zip(nearest.indices.tolist(), nearest.values.tolist()), 1):
+                if d == torch.inf:
+                    continue
                 verdict = "yes" if d < near else "unsure" if d < far else "no"
-                differ = [] if gallery.attributes is None else [
-                    theirs for ours, theirs in zip(names(query.attributes, i), names(gallery.attributes, g))
-                    if ours != theirs]
-                alike = "-" if gallery.attributes is None else f"{12 - len(differ)} of 12"
+                differ = [theirs for ours, theirs in zip(names(query, i), names(gallery, g)) if ours != theirs]
+                alike = f"{12 - len(differ)} of 12" if attribute_net else "-"
                 lines.append([str(rank), f"{d:.3f}", verdict, alike, str(paths[g])])
-                cells.append((crops[g], [(f"{rank}: {d:.2f}, {verdict}", VERDICTS[verdict]), paths[g].name,
+                cells.append((crops[g], [(f"{rank}: {d:.2f}, {verdict}", VERDICTS[verdict]), paths[g].stem,
                                          f"shares {alike}" * (alike != "-"), *((t, OTHER) for t in differ)],
                               VERDICTS[verdict]))
             common.table(f"Nearest to {asked[i]} of {len(crops)} images",
                          ["rank", "distance", "same person", "same attributes", "file"], lines)
-            rows.append(cells)
+            rows.append(cells[:11])
             i += 1
     print(f"\n{meaning}")
     path = args.out.with_name("search.png")
     common.sheet(path, rows[:20])
-    print(f"{path}: the same as a picture" + (", of the first 20 queries" if len(rows) > 20 else ""))
+    print(f"{path}: the same as a picture (of 20 queries and 10 crops each, at most)")
 
 
 def verdicts(args, checkpoint):
-    """Distances for --search: below the first two crops are one person, from the second on they are not; a sentence."""
+    """For --search: the distance up to which crops are one person, that from which they are not, a sentence on both."""
     curve = checkpoint["distances"]
     precision, recall = rates(curve)
-    at, most = same_person(curve, args.precision), int((recall >= 0.95).int().argmax())
-    near, far = curve["edges"][at + 1].item(), curve["edges"][most + 1].item()
-    if args.threshold != "mean":
-        near = args.threshold
-        at = int(torch.searchsorted(curve["edges"][1:], near).clamp(max=len(recall) - 1))
-    return near, max(near, far), (
-        f"Same person: yes below {near:.3f}, where {100 * precision[at]:.1f} % of the pairs are matches and "
-        f"{100 * recall[at]:.1f} % of the matches found;\nno from {max(near, far):.3f} on, 95 % of the matches being "
-        f"nearer. That is on validation, where {100 * prevalence(curve):.2f} % of the pairs match.")
+    at = same_person(curve, args.precision)
+    most = max(at, int((recall >= 0.95).int().argmax()))
+    near, far = (curve["edges"][k + 1].item() for k in (at, most))
+    return near, far, (
+        f"Same person: yes below {near:.3f}, no from {far:.3f} on. On validation, where {100 * prevalence(curve):.2f} "
+        f"% of all pairs match,\n{100 * precision[at]:.1f} % of the pairs below {near:.3f} did, and they were "
+        f"{100 * recall[at]:.1f} % of all that match; {100 * recall[most]:.1f} % are below {far:.3f}.\n"
+        "Pass --precision P to be stricter with yes.")
 
 
-def names(attributes, i):
-    """The classes of one crop, as "hat yes"; nothing without a stage-1 network."""
-    return [] if attributes is None else [f"{a} {classes[c]}" for (a, classes), c in
-                                          zip(common.ATTRIBUTES.items(), attributes[i].tolist())]
+def names(crops, i):
+    """The predicted classes of one of `Crops`, as "hat yes"; nothing without a stage-1 network."""
+    return [] if crops.attributes is None else [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(
+        common.ATTRIBUTES.items(), crops.attributes[i].tolist())]
 
 
 def find(args, checkpoint):
     """List the crops in --gallery by the probability of the classes that --find names, and draw them, find.png."""
-    words = [(attribute, name) for attribute, names in common.ATTRIBUTES.items() for name in names]
-    wanted, asked = torch.zeros(len(words)), {}
+    print(args.about)
+    words, asked = [(attribute, name) for attribute, classes in common.ATTRIBUTES.items() for name in classes], {}
     for word in args.find:
-        attribute, _, name = word.partition("=")
+        attribute, _, name = word.lower().partition("=")
         if attribute not in common.ATTRIBUTES:
             raise UserError(f"--find {word}: there is no attribute '{attribute}', only {', '.join(common.ATTRIBUTES)}.")
         if (attribute, name) not in words or attribute in asked:
             raise UserError(f"--find {word}: name one class of {attribute}: {', '.join(common.ATTRIBUTES[attribute])}.")
-        asked[attribute], wanted[words.index((attribute, name))] = name, 1
+        asked[attribute] = name
     _, attribute_net = load(args, checkpoint)
     if attribute_net is None:
         raise UserError(f"{args.eval} was trained without --init, so that it predicts no attributes to find by.")
     paths, crops = common.read_user_images([args.gallery], args.size)
-    log_p = par.log_probabilities(attribute_net, crops)
-    best = (log_p @ wanted).topk(min(args.top, len(crops)))
-    predicted, lines, cells = par.classes(log_p), [], []
+    log_p = par.log_probabilities(attribute_net, crops)[:, [words.index(pair) for pair in asked.items()]]
+    best = log_p.sum(1).topk(min(args.top, len(crops)))
+    lines, cells = [], []
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
-        shown = [n for n in names(predicted, g) if n.split()[0] in asked]
-        lines.append([str(rank), f"{value:.3f}", ", ".join(shown), str(paths[g])])
-        cells.append((crops[g], [f"{rank}: {value:.3f}", paths[g].name, *(
-            t if asked[t.split()[0]] == t.split()[1] else (t, OTHER) for t in shown)], None))
+        each = log_p[g].exp().tolist()
+        lines.append([str(rank), f"{value:.3g}", f"{sum(p > 0.5 for p in each)} of {len(each)}", str(paths[g])])
+        cells.append((crops[g], [f"{rank}: {value:.3g}", paths[g].stem, *(
+            (f"{attribute} {name} {p:.2f}", common.INK if p > 0.5 else OTHER)
+            for (attribute, name), p in zip(asked.items(), each))], None))
     common.table(f"{', '.join(f'{k} {v}' for k, v in asked.items())}, among {len(crops)} images",
-                 ["rank", "probability", "predicted", "file"], lines)
+                 ["rank", "probability", "probable", "file"], lines)
     path = args.out.with_name("find.png")
-    common.sheet(path, [cells[i:i + 10] for i in range(0, len(cells), 10)])
-    print(f"{path}: the same as a picture")
+    common.sheet(path, [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)])
+    print(f"{path}: the same as a picture (of 50 crops, at most)")
 
 
 def main():
-    parser = common.Parser(usage="%(prog)s [options]", description=__doc__,
+    parser = common.Parser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_argument_group("start from stage 1, or score").add_mutually_exclusive_group().add_argument
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
@@ -655,38 +661,38 @@ def main():
         "what gives the highest validation mAP)")
     add("--threshold", type=threshold_value, default="mean", metavar="T", help="distance below which a crop is "
         "returned: mean, of all pairs (report section 4.2.1), or a number (mean)")
-    add("--precision", type=common.number(float, 0, 1), metavar="P", help="call two crops the same person up to the "
-        "farthest distance with this precision on validation (default: that of the highest F1)")
-    add = parser.add_argument_group("with --eval").add_argument
-    add("--embed", type=Path, metavar="FILE", help="write the test set's embeddings to this .npz file")
-    add("--show", type=common.number(int, 1), metavar="N", help="draw N queries of the test set, from the "
-        "best found to the worst, with what was found, show.png")
-    add("--search", type=Path, metavar="QUERY", help="find what is nearest to this image, "
-        "or to each in this folder")
-    add("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
+    group = parser.add_argument_group("with --eval")
+    add, only = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    only("--embed", type=Path, metavar="FILE", help="write the test set's embeddings to this .npz file")
+    only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N queries of the test set, from the best "
+         "found to the worst, with what was found, show.png")
+    only("--search", type=Path, metavar="QUERY", help="find what is nearest to this image, or to each in this folder")
+    only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
+    add("--precision", type=common.number(float, 0, 1), metavar="P", help="call two crops the same person up to the "
+        "farthest distance with this precision on validation (default: that of the highest F1)")
     common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
     args = parser.parse_args()
     if args.compare and not args.init:
         raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
-    if args.embed and not args.eval:
-        raise UserError("--embed needs --eval FILE, the checkpoint to embed with.")
-    if bool(args.search or args.find) != bool(args.gallery) or args.search and args.find \
-            or args.gallery and (not args.eval or args.embed or args.show):
-        raise UserError("--search, or --find, goes with --eval FILE, the checkpoint, and --gallery FOLDER, the images "
-                        "to search.")
-    if args.show and not args.eval:
-        raise UserError("--show needs --eval FILE, the checkpoint whose ranking to draw.")
+    for flag in ("embed", "show", "search", "find", "gallery", "precision"):
+        if getattr(args, flag) is not None and not args.eval:
+            raise UserError(f"--{flag} needs --eval FILE, the checkpoint to do it with.")
+    if bool(args.search or args.find) != bool(args.gallery):
+        raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search.")
+    if args.gallery and (args.threshold != "mean" or args.hamming is not None):
+        raise UserError("--threshold and --hamming are for scoring; for --search, --precision says how strict to be.")
     path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = path and common.load_checkpoint(path, kind)
     device = common.start(args, path, checkpoint, data=not args.gallery)
+    if args.gallery or args.show or not args.eval:
+        common.check_output(args.out)
     if args.gallery:
         return (search if args.search else find)(args, checkpoint)
     if args.eval:
         return export(args, checkpoint) if args.embed else evaluate(args, checkpoint)
 
-    common.check_output(args.out)
     state = None if checkpoint and not args.compare else common.backbone_weights(args.weights)
     with common.timed(args.seconds, "loading"):
         market = par.load_train(args, labels=False)

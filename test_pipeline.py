@@ -4,6 +4,7 @@
 """
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -124,10 +125,13 @@ def expected_labels():
     return torch.tensor([[common.ATTRIBUTES[a].index(who[a]) for a in common.ATTRIBUTES] for who in (first, second)])
 
 
-@pytest.mark.parametrize("format", [{}, {"encoding": "utf-8-sig"}, {"delimiter": ";"}])
+@pytest.mark.parametrize("format", [{}, {"encoding": "utf-8-sig"}, {"delimiter": ";"}, {"blank": True}])
 def test_csv_annotations_are_read_by_column_name(tmp_path, format):
-    rows = annotation_rows(downblack=2, hat=2)
-    write_csv(tmp_path / "annotations_train.csv", rows, order=sorted(rows[0]), **format)
+    rows, path = annotation_rows(downblack=2, hat=2), tmp_path / "annotations_train.csv"
+    rows[1]["id"] = {"encoding": "0002", "delimiter": "2.0"}.get(next(iter(format), ""), 2)
+    write_csv(path, rows, order=sorted(rows[0]), **{k: v for k, v in format.items() if k != "blank"})
+    if format == {"blank": True}:  # and what a spreadsheet leaves
+        path.write_text("\r\n \r\n" + path.read_text() + "\r\n,,,,,\r\n")
     ids, labels = common.read_annotations(tmp_path, "train")
     assert ids.tolist() == [1, 2] and torch.equal(labels, expected_labels())
     assert len(common.read_annotations(tmp_path, "test")[0]) == 0
@@ -485,8 +489,8 @@ def test_same_person_has_the_precision_and_recall_that_counting_gives():
             assert recall[k].item() == pytest.approx(hits / match.sum().item(), abs=0.005)
         f1.append(2 * hits / (hits + wrong + match.sum().item()))
     assert f1[reid.same_person(curve)] == pytest.approx(max(f1), abs=0.005)
-    held = reid.same_person(curve, 0.9)
-    assert precision[held] >= 0.9 and (precision[held + 1:] < 0.9).all()
+    held = reid.same_person(curve, 0.8)
+    assert precision[held] >= 0.8 and (precision[held + 1:] < 0.8).all()
     # A prevalence of p is what is left when of the other pairs just enough are drawn, or counted more than once.
     rarer = {**curve, "others": 7 * curve["others"]}
     share = (curve["matches"].sum() / (curve["matches"].sum() + 7 * curve["others"].sum())).item()
@@ -562,15 +566,15 @@ def test_sheets_maps_and_confusions_of_stage_1(trained, market, tmp_path, capsys
     assert "empty holds no files" in told and count == len(list((market / "query").iterdir()))
     size = 4 * (128 + 8 + 170 + 16) + 8, math.ceil(count / 4) * (256 + 24) + 8
     assert Image.open(tmp_path / "par_sheet.png").size == size
-    assert Image.open(tmp_path / "par_maps.png").size == (13 * 156 + 8, min(20, count) * (192 + 36 + 24) + 8)
+    assert Image.open(tmp_path / "par_maps.png").size == (13 * 166 + 8, min(20, count) * (192 + 36 + 24) + 8)
     assert call(par, "--data", market, "--eval", trained / "par_best.pt", "--confusion", "--out", out) == 0
-    assert Image.open(tmp_path / "par_confusion_test.png").size == (3 * 2 * 460, 4 * 2 * 320)
+    assert Image.open(tmp_path / "par_confusion_test.png").size == (2 * 2 * 520, 6 * 2 * 320)
 
 
 def test_activation_maps_add_up_to_the_logits(trained, market):
     model = common.load_weights(par.AttributeNet(), common.load_checkpoint(trained / "par_best.pt", "par")["model"], "")
     crops = common.load_market(market, "query").images[:5]
-    maps, logits = par.activation_maps(model, crops), common.infer(model, crops)
+    maps, logits = par.activation_maps(model, crops, par.predict(model, crops)), common.infer(model, crops)
     assert maps.shape == (5, 12, 4, 2)
     for k, z in enumerate(logits):
         best, which = z.max(1)
@@ -619,18 +623,34 @@ def test_what_cannot_be_read_is_named_once_and_the_rest_is_done(trained, tmp_pat
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpg").write_text("no image")
     (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:3000])
-    expected = 3
+    readable = ["large.png", "fine.webp"]
     if os.name != "nt":
         (folder / "loop").symlink_to(folder, target_is_directory=True)
         (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
-        (folder / "two\nlines.jpg").write_text("no image")
-        expected += 1
+        Image.new("RGB", (20, 40)).save(folder / "two\nlines \u00e4.png")
+        readable.append("two\nlines \u00e4.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_000_001)
     Image.new("L", (4100, 3000)).save(folder / "bomb.png")
-    assert call(par, "--eval", trained / "par_best.pt", "--predict", folder) == 0
+    assert call(par, "--eval", trained / "par_best.pt", "--predict", folder, "--sheet", "--out", tmp_path / "p.pt") == 0
     out, err = capsys.readouterr()
-    assert [Path(row["file"]).name for row in csv.DictReader(out.splitlines())] == ["large.png", "fine.webp"]
-    assert err.count("Skipped: ") == err.count("\n") == expected + 1 and "bomb.png is too large an image" in err
+    assert [Path(row["file"]).name for row in csv.DictReader(io.StringIO(out))] == readable
+    assert err.count("Skipped: ") == 4 and "bomb.png is too large an image" in err
+    assert f"4 of {4 + len(readable)} files were skipped." in err and f"{len(readable)} images, by " in err
+    assert err.count("\n") == 4 + 3
+
+
+def test_training_crops_are_turned_upright_and_none_is_enormous(tmp_path, monkeypatch):
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (600, 500, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6  # turned by 90 degrees
+    Image.linear_gradient("L").resize((128, 64)).convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    read = common.read_crops([tmp_path / "turned.jpg"] * 2, (128, 64))
+    assert torch.equal(read[0], common.read_image(tmp_path / "turned.jpg")) and torch.equal(read[0], read[1])
+    noise.save(tmp_path / "large.jpg", quality=95)
+    assert common.read_crops([tmp_path / "large.jpg", tmp_path / "turned.jpg"], (128, 64)).shape == (2, 3, 128, 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    with pytest.raises(common.UserError, match="large.jpg is too large"):
+        common.read_crops([tmp_path / "turned.jpg", tmp_path / "large.jpg"], (128, 64))
 
 
 def test_the_four_losses_side_by_side(market, tmp_path, capsys):
@@ -702,11 +722,11 @@ def test_search_finds_the_query_itself_first(trained, market, tmp_path, capsys):
     assert call(reid, "--eval", trained / "reid_best.pt", "--search", query, "--gallery", folder, "--top", 3,
                 "--out", tmp_path / "r.pt") == 0
     out, err = capsys.readouterr()
-    rows = [line.split() for line in out.splitlines()[3:6]]
+    rows = [line.split() for line in out.splitlines()[4:7]]
     assert [row[0] for row in rows] == ["1", "2", "3"] and rows[0][-1] == str(folder / query.name)
     assert float(rows[0][1]) < 0.1 * float(rows[1][1])
     assert rows[0][2:6] == ["yes", "12", "of", "12"] and float(rows[1][1]) <= float(rows[2][1]) and "text.jpg" in err
-    assert Image.open(tmp_path / "search.png").width == 4 * 156 + 8
+    assert Image.open(tmp_path / "search.png").width == 4 * 166 + 8
 
 
 def colours_along(picture, x, y, width):
@@ -719,43 +739,40 @@ def test_search_says_what_agrees_and_whether_it_is_the_same_person(trained, mark
     arguments = ("--eval", trained / "reid_best.pt", "--search", folder, "--gallery", folder, "--top", 4, "--out", out)
     assert call(reid, *arguments) == 0
     shown = capsys.readouterr().out
-    model, attribute_net = reid.load(SimpleNamespace(device="cpu", eval=""), common.load_checkpoint(
-        trained / "reid_best.pt", "reid"))
+    checkpoint = common.load_checkpoint(trained / "reid_best.pt", "reid")
+    model, attribute_net = reid.load(SimpleNamespace(device="cpu", eval=""), checkpoint)
     crops = common.load_market(market, "query").images
     features, predicted = common.infer(model, crops), par.predict(attribute_net, crops)
     distances, alike = torch.cdist(features, features), (predicted[:, None] == predicted).sum(2)
-    near, far, _ = reid.verdicts(SimpleNamespace(precision=None, threshold="mean", eval=""),
-                                 common.load_checkpoint(trained / "reid_best.pt", "reid"))
-    rows = [line.split() for line in shown.splitlines() if line[:1].strip().isdigit()]
+    near, far, _ = reid.verdicts(SimpleNamespace(precision=None), checkpoint)
+    rows = [line.split() for line in shown.splitlines() if line[:4].strip().isdigit()]
     assert len(rows) == 4 * len(crops)
     for k, row in enumerate(rows):
         q, g = k // 4, sorted(folder.iterdir()).index(Path(row[-1]))
-        d = distances[q, g].item() if g != q else 0.0
-        assert float(row[1]) == pytest.approx(d, abs=0.02) and int(row[3]) == alike[q, g]
+        assert float(row[1]) == pytest.approx(distances[q, g].item(), abs=0.002) and int(row[3]) == alike[q, g]
+        assert g != q  # a query is not its own answer
         assert row[2] == ("yes" if float(row[1]) < near else "unsure" if float(row[1]) < far else "no")
     picture = Image.open(tmp_path / "search.png").convert("RGB")
-    assert picture.width == 5 * (140 + 16) + 8
-    assert ImageColor.getrgb(reid.VERDICTS[rows[1][2]]) in colours_along(picture, 8 + 2 * 156, 5, 128)
+    assert picture.width == 5 * (150 + 16) + 8
+    assert ImageColor.getrgb(reid.VERDICTS[rows[1][2]]) in colours_along(picture, 8 + 2 * 166, 5, 128)
 
-    call(reid, *arguments, "--threshold", 1e9)
-    verdicts = {line.split()[2] for line in capsys.readouterr().out.splitlines() if line[:1].strip().isdigit()}
-    assert verdicts == {"yes"}
-    call(reid, *arguments, "--threshold", 0)
-    assert "yes" not in {line.split()[2] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()}
+    call(reid, *arguments, "--precision", 0)
+    verdicts = {line.split()[2] for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()}
+    assert verdicts == {"yes"}  # each pair has a precision of 0 or more
 
 
 def test_finding_by_words_ranks_by_the_product_of_probabilities(trained, market, tmp_path, capsys):
     folder = market / "query"
     assert call(reid, "--eval", trained / "reid_best.pt", "--find", "gender=female", "upcolor=red", "--gallery", folder,
                 "--top", 12, "--out", tmp_path / "r.pt") == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:2].strip().isdigit()]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()]
     _, attribute_net = reid.load(SimpleNamespace(device="cpu", eval=""), common.load_checkpoint(
         trained / "reid_best.pt", "reid"))
     logits = common.infer(attribute_net, common.load_market(market, "query").images)
     female, red = (logits[k].double().softmax(1)[:, which] for k, which in ((1, 1), (10, 2)))
     brute = (female * red).tolist()
     assert [float(row[1]) for row in rows] == pytest.approx(sorted(brute, reverse=True)[:12], abs=6e-4)
-    assert Image.open(tmp_path / "find.png").width == 10 * 156 + 8
+    assert Image.open(tmp_path / "find.png").size == (5 * 166 + 8, 3 * (256 + 4 * 18 + 24) + 8)
 
 
 def test_words_are_scored_as_brute_force_does():
@@ -781,8 +798,8 @@ def test_show_draws_queries_from_best_to_worst_with_matches_framed(trained, mark
     assert "Found by words" in capsys.readouterr().out
     picture = Image.open(tmp_path / "show.png").convert("RGB")
     rows = [8 + k * (256 + 18 * 2 + 24) for k in range(3)]
-    assert picture.size == (11 * 156 + 8, rows[2] + 256 + 18 * 2 + 24)
-    frames = [[colours_along(picture, 8 + k * 156, y - 3, 128) for k in range(11)] for y in rows]
+    assert picture.size == (11 * 166 + 8, rows[2] + 256 + 18 * 2 + 24)
+    frames = [[colours_along(picture, 8 + k * 166, y - 3, 128) for k in range(11)] for y in rows]
     match, other = map(ImageColor.getrgb, (reid.MATCH, reid.OTHER))
     assert all(row[0] == {(255, 255, 255)} and all(cell in ({match}, {other}) for cell in row[1:]) for row in frames)
     assert frames[0][1] == {match}  # the best query's first hit
@@ -855,7 +872,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(module, market, tmp_
 
     def die(*rest):
         calls.append(1)
-        if len(calls) == 3:  # in epoch 3, when the checkpoint may be written already
+        if len(calls) == 2:
             raise KeyboardInterrupt
         write(*rest)
     with monkeypatch.context() as patch:
@@ -925,20 +942,24 @@ def test_a_run_killed_between_its_two_checkpoints_goes_on(market, tmp_path, caps
     assert run([0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]
     saved, save = [], common.save_checkpoint
 
-    def dies(path, checkpoint):
+    def dies(path, checkpoint, before):
         if len(saved) == 3:
             raise Kill
         saved.append(path)
-        save(path, checkpoint)
+        save(path, checkpoint, before)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", dies)  # dies after best 1, last 1, best 2
+        patch.setattr(common, "save_checkpoint", lambda path, checkpoint, before=lambda: None:
+                      dies(path, checkpoint, before))  # dies after last 1, best 1, last 2
         with pytest.raises(Kill):
             run([0.5, 0.6])
-    assert run([0.6, 0.7, 0.8], resume=True) == [0.5, 0.6, 0.7, 0.8]
-    assert "Going on after epoch 1" in capsys.readouterr().out
-    out.unlink()
-    assert run([0.1, 0.2, 0.3, 0.4], resume=True) == [0.1, 0.2, 0.3, 0.4]
-    assert "is not of the run that wrote" in capsys.readouterr().out
+    assert common.load_checkpoint(out, "par")["epoch"] == 1
+    assert run([0.1, 0.2], resume=True) == [0.5, 0.6, 0.1, 0.2]
+    assert "Going on after epoch 2" in capsys.readouterr().out
+    best = common.load_checkpoint(out, "par")
+    assert best["epoch"] == 2 and "optimizer" not in best
+    out.write_bytes((tmp_path / "x_best.old.pt").read_bytes())
+    with pytest.raises(common.UserError, match="is not the best checkpoint of the run"):
+        run([], resume=True)
 
 
 def test_earlier_runs_are_set_aside_and_none_is_lost(market, tmp_path, capsys):
@@ -952,22 +973,56 @@ def test_earlier_runs_are_set_aside_and_none_is_lost(market, tmp_path, capsys):
         assert old == [(tmp_path / f"{name}.{end}").read_bytes() for end in ("pt", "json")]
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(market, tmp_path, capsys, monkeypatch):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on a file's size")
+def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(market, tmp_path, capsys):
+    import resource
     arguments = ["--data", market, "--epochs", 1, "--batch", 8, "--size", "32x32", "--out", tmp_path / "p_best.pt"]
     assert call(par, *arguments) == 0
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    try:
+        assert call(par, *arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    check_sentence(capsys, "p_last.pt cannot be written ([Errno 27] File too large)")
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def full(checkpoint, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    assert call(par, *arguments, "--resume", "--epochs", 1) == 0  # nothing to train, nothing to write
-    monkeypatch.setattr(common, "set_aside", lambda out: None)
-    assert call(par, *arguments) == 2
-    check_sentence(capsys, "p_best.pt cannot be written ([Errno 28] No space left on device)")
-    assert before.keys() == {p for p in tmp_path.iterdir()}
-    assert all(p.read_bytes() == data for p, data in before.items() if p.suffix == ".pt")
+
+def test_ctrl_c_while_a_checkpoint_is_written_stays_ctrl_c(tmp_path):
+    class Interrupted:
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
+
+        def write(self, data):
+            if self.file.tell():
+                raise KeyboardInterrupt
+            return self.file.write(data)
+    (tmp_path / "x.pt").write_text("good")
+    with pytest.raises(KeyboardInterrupt):
+        common.write_whole(tmp_path / "x.pt", lambda file: torch.save({"x": torch.zeros(10**6)}, Interrupted(file)))
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize("part, value", [
+    ("model", {}), ("optimizer", {}), ("generator", 3), ("rng", "x"), ("best", None), ("rows", None), ("spent", {}),
+    ("epoch", 10**9), ("run", None), ("train_ids", torch.arange(3)), ("version", torch.zeros(2))])
+def test_a_state_that_is_not_whole_is_refused(part, value, market, trained, tmp_path, capsys):
+    for name in ("par_best.pt", "par_last.pt"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    last = common.load_checkpoint(tmp_path / "par_last.pt", "par") | {part: value}
+    if part in ("run", "version"):
+        torch.save(last, tmp_path / "par_last.pt")
+        if part == "run":
+            del last["run"]
+            torch.save(last, tmp_path / "par_last.pt")
+    else:
+        common.save_checkpoint(tmp_path / "par_last.pt", last)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    assert call(par, "--data", market, "--epochs", 2, "--batch", 8, "--out", tmp_path / "par_best.pt", "--resume") == 2
+    check_sentence(capsys, "par_last.pt")
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
 
 
 def test_stage_1_learns_drawn_people(tmp_path, capsys):
@@ -993,6 +1048,8 @@ def test_both_stages_on_an_accelerator(device, market, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
 def test_graph_plain_steps_and_crops_on_the_host_train_alike_on_cuda(market, tmp_path, monkeypatch):
+    monkeypatch.undo()  # in the precision of that device
+
     def losses(out):
         assert call(par, "--data", market, "--epochs", 3, "--batch", 8, "--device", "cuda", "--out", out) == 0
         return [row["loss"] for row in json.loads(out.with_suffix(".json").read_text())["epochs"]]
@@ -1033,6 +1090,8 @@ def test_crops_that_do_not_fit_a_gpu_stay_on_the_host(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 960 - 1, 10**6))
     assert common.place(crops, cuda) is crops and "stay in the host's memory" in capsys.readouterr().out
     assert torch.equal(common.take(crops + 1, torch.tensor([1, 2]), crops.device), torch.ones_like(crops[:2]))
+    there = common.take(crops, torch.tensor([1, 2]), torch.device("meta"))
+    assert there.device.type == "meta" and there.shape == (2, 3, 8, 4)
 
 
 def test_as_a_user_runs_it_without_data(tmp_path, trained):
@@ -1128,6 +1187,8 @@ BROKEN_DATA = {
         "is not named like a crop"),
     "a train folder that is a file": (lambda r: [(r / "bounding_box_train").rename(r / "elsewhere"),
                                                  (r / "bounding_box_train").write_text("")], "has no folder"),
+    "an identity beyond all numbers": (lambda r: a_crop(r).rename(a_crop(r).with_name(f"{10**20}_c1s1_000025_01.jpg")),
+        "is not named like a crop"),
     "too few identities": (lambda r: [p.unlink() for p in (r / "bounding_box_train").iterdir() if p.name > "0004"],
         "too few to split"),
 }
@@ -1145,11 +1206,11 @@ def test_broken_data_is_named_in_a_sentence(case, market, tmp_path, capsys):
 
 def check_sentence(capsys, sentence):
     err = capsys.readouterr().err
-    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err and err.rstrip().endswith((".", ")."))
+    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err and err.rstrip().endswith(".")
 
 
 def save_broken(path, kind, **changes):
-    torch.save({"version": 1} | changes | {"kind": kind}, path)
+    torch.save({"version": 1, "classes": common.ATTRIBUTES, "kind": kind} | changes, path)
     return path
 
 
@@ -1198,8 +1259,14 @@ BROKEN_ARGUMENTS = {
     "comparison without a checkpoint": (reid, lambda t, f: ["--compare"], "needs --init"),
     "embedding without a checkpoint": (reid, lambda t, f: ["--embed", t / "x.npz"], "--embed needs --eval"),
     "search without a gallery": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--search", t],
-        "--search, or --find, goes with --eval"),
-    "a gallery without a search": (reid, lambda t, f: ["--gallery", t], "--search, or --find, goes with --eval"),
+        "goes with --gallery FOLDER"),
+    "a gallery without a search": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t],
+        "goes with --gallery FOLDER"),
+    "a gallery without a checkpoint": (reid, lambda t, f: ["--gallery", t], "--gallery needs --eval"),
+    "a search with a threshold": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--search", t, "--gallery", t,
+                                                      "--threshold", 3], "--precision says how strict"),
+    "showing and embedding at once": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--show", 3, "--embed", "x"],
+        "not allowed with argument"),
     "an attribute that is none": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t, "--find",
                                                       "shoe=red"], "there is no attribute 'shoe', only age, gender, "),
     "a class that is none": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--gallery", t, "--find", "hat=red"],
@@ -1209,8 +1276,8 @@ BROKEN_ARGUMENTS = {
     "words without stage 1": (reid, lambda t, f: ["--eval", changed(f, t, "reid", attributes=None),
                                                 "--gallery", t, "--find", "hat=no"],
         "was trained without --init"),
-    "a precision that is not reached": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--precision", 1, "--gallery",
-                                                            HERE / ".github", "--search", HERE / ".github"],
+    "a precision that is not reached": (reid, lambda t, f: ["--eval", f / "reid_best.pt", "--precision", 1,
+                                                            "--search", t, "--gallery", t],
         "No distance has a precision of 1 on validation"),
     "queries to show without a checkpoint": (reid, lambda t, f: ["--show", 3], "--show needs --eval"),
     "a sheet without predictions": (par, lambda t, f: ["--eval", f / "par_best.pt", "--sheet"], "go with --predict"),
