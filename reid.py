@@ -289,7 +289,8 @@ def same_person(curve, hold=None):
     precision, recall = rates(curve)
     if hold is None:
         return int((precision * recall / (precision + recall).clamp(min=1e-300)).argmax())
-    counted = (curve["matches"] + curve["others"]).cumsum(0) >= 100  # fewer pairs promise nothing
+    pairs = (curve["matches"] + curve["others"]).cumsum(0)
+    counted = pairs >= pairs[-1].clamp(max=100)  # fewer pairs promise nothing
     enough = (counted & (precision >= hold)).nonzero()
     if not len(enough):
         raise UserError(f"No distance has a precision of {hold:g} on validation; the highest is "
