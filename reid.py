@@ -163,11 +163,21 @@ def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     before each, as Market-1501's MATLAB code does; rank1, rank5, rank10: queries with a match that early; mINP
     (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall.
     """
-    rows = chunk_rows(distances.shape[1])
-    parts = [rank_queries(distances[i:i + rows], query_ids[i:i + rows], query_cameras[i:i + rows], gallery_ids,
-                          gallery_cameras, None if keep is None else keep[i:i + rows], cross_camera)
-             for i in range(0, len(distances), rows)]
-    return mean_metrics(parts)
+    rows, scores = chunk_rows(distances.shape[1]), new_scores(len(distances), distances.device)
+    for i in range(0, len(distances), rows):
+        scores[:, i:i + rows] = rank_queries(
+            distances[i:i + rows], query_ids[i:i + rows], query_cameras[i:i + rows], gallery_ids, gallery_cameras,
+            None if keep is None else keep[i:i + rows], cross_camera)
+    return mean_metrics(scores)
+
+
+METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "length", "precision", "recall", "matches")
+
+
+def new_scores(queries, device):
+    """Room for what `rank_queries` finds. In one place from the start: small tensors kept from each chunk would lie
+    between the large ones that come and go, and memory would grow from chunk to chunk."""
+    return torch.zeros(len(METRICS), queries, dtype=torch.float64, device=device)
 
 
 def chunk_rows(columns):
@@ -176,7 +186,7 @@ def chunk_rows(columns):
 
 
 def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
-    """`rank_metrics` for a few queries: dict of tensors [Q], and "matches", how many; a query without is not scored."""
+    """`rank_metrics` for a few queries: float64 [metrics, Q] in the order of METRICS; one without matches is NaN."""
     distances = distances.detach() if distances.dtype in (torch.float32, torch.float64) else distances.detach().float()
     if distances.isnan().any():
         raise UserError("Distances are NaN: the network that made the embeddings diverged. Train with a lower --lr.")
@@ -216,21 +226,19 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     at = torch.where(exists, hits / rank, 0)
     just_before = torch.where(exists, torch.where(rank > 1, (hits - 1) / (rank - 1).clamp(min=1), 1), 0)
     last = rank.gather(1, (found - 1).clamp(min=0)[:, None])[:, 0]
-    length = part.sum(1)
-    return {"mAP": at.sum(1) / total, "mAP_trapezoid": (at + just_before).sum(1) / 2 / total,
-             **{f"rank{k}": (rank[:, 0] <= k).double() for k in (1, 5, 10)},
-             "mINP": torch.where(found == total, total / last, 0),
-             "length": length.double(), "precision": found / length.clamp(min=1).double(),
-             "recall": found / total.double(), "matches": total}
+    total, length = total.double(), part.sum(1).double()
+    precise = at.sum(1), (at + just_before).sum(1) / 2
+    early = [rank[:, 0] <= k for k in (1, 5, 10)]
+    return torch.stack([*(v / total for v in precise), *early, torch.where(found == total, total / last, 0), length,
+                        found / length.clamp(min=1), found / total, total])
 
 
-def mean_metrics(parts):
-    """Join what `rank_queries` returned for each chunk: dict of means over the scored queries, and "queries"."""
-    joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {"matches": torch.zeros(0)}
-    scored = joined.pop("matches") > 0
-    if not scored.any():
+def mean_metrics(scores):
+    """Mean over the queries that have a match: [metrics, Q] -> dict of metrics, and "queries", how many these are."""
+    scored = scores[:, scores[-1] > 0]
+    if not scored.shape[1]:
         raise UserError("No query has a match in the gallery, so there is nothing to score.")
-    return {k: v[scored].mean().item() for k, v in joined.items()} | {"queries": int(scored.sum())}
+    return dict(zip(METRICS[:-1], scored.mean(1).tolist())) | {"queries": scored.shape[1]}
 
 
 def distance_chunks(query, gallery):
@@ -304,15 +312,15 @@ def score_selections(query, gallery, selections, cross_camera):
     selections: dict of name -> function of distances [C, G] and of the number of predicted attributes that differ
     [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all.
     """
-    parts, hot = {name: [] for name in selections}, None
+    scores, hot = {name: new_scores(len(query.ids), query.ids.device) for name in selections}, None
     if gallery.attributes is not None:
         hot = one_hot(query.attributes), one_hot(gallery.attributes)
     for rows, distances in distance_chunks(query, gallery):
         differ = hot and len(common.ATTRIBUTES) - hot[0][rows] @ hot[1].T
         for name, select in selections.items():
-            parts[name].append(rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids,
-                                            gallery.cameras, select(distances, differ), cross_camera))
-    return {name: mean_metrics(part) for name, part in parts.items()}
+            scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids,
+                                                 gallery.cameras, select(distances, differ), cross_camera)
+    return {name: mean_metrics(found) for name, found in scores.items()}
 
 
 def one_hot(attributes):
@@ -522,9 +530,11 @@ def evaluate(args, checkpoint):
 
 def show(path, query, gallery, test, real, count):
     """Draw `count` queries of the test set, spread from the highest AP to the lowest, and what is nearest to each."""
-    parts = [rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids, gallery.cameras, None, True)
-             for rows, distances in distance_chunks(query, gallery)]
-    precision, matches = (torch.cat([part[k] for part in parts]) for k in ("mAP", "matches"))
+    scores = new_scores(len(query.ids), query.ids.device)
+    for rows, distances in distance_chunks(query, gallery):
+        scores[:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids, gallery.cameras,
+                                       None, True)
+    precision, matches = scores[METRICS.index("mAP")], scores[-1]
     order = precision.argsort(descending=True)
     order = order[matches[order] > 0]
     picked = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long().to(order.device)]
@@ -535,7 +545,7 @@ def show(path, query, gallery, test, real, count):
     for i, q in enumerate(picked.tolist()):
         row = [(test[0].images[q], [f"query, AP {100 * precision[q]:.1f}", Path(test[0].names[q]).stem], None)]
         for rank, (g, d) in enumerate(zip(nearest.indices[i].tolist(), nearest.values[i].tolist()), 1):
-            verdict, colour = ("match", MATCH) if match[i, g] else ("another person", OTHER)
+            verdict, colour = ("match", MATCH) if match[i, g] else ("other", OTHER)
             if d < torch.inf:
                 name = Path(test[1].names[real[g]]).stem
                 row.append((test[1].images[real[g]], [(f"{rank}: {d:.2f}, {verdict}", colour), name], colour))
