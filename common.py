@@ -159,15 +159,18 @@ def read_user_images(paths, size):
 
     What cannot be read is named on stderr and left out; UserError if nothing is left.
     """
-    files = []
+    files, empty = [], []
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path} does not exist.")
         inside = path.rglob("*") if path.is_dir() else [path]
-        found = sorted(p for p in inside if p.is_file() and not p.name.startswith("."))
-        if not found and len(paths) > 1:
-            print(f"Skipped: {path} holds no files.", file=sys.stderr)
+        found = sorted(p for p in inside if p.is_file() and p.name.lower() not in ("thumbs.db", "desktop.ini")
+                       and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        if not found:
+            empty.append(f"{path} holds no files." if path.exists() else f"{path} does not exist.")
         files += found
+    if not files:
+        raise UserError(" ".join(empty))
+    for sentence in empty:
+        print(f"Skipped: {sentence}", file=sys.stderr)
     read, crops = [], []
 
     def decode(path):
@@ -526,7 +529,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         record["metrics"] = list(figures)
         better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
         first_best, best = best is None, row if better else best
-        spent["training"] += row["seconds"]
+        spent["training"] = round(spent["training"] + row["seconds"], 2)
         checkpoint.update(model=model.state_dict(), epoch=epoch)
         # First the state to resume: what it calls the best epoch can be written from it, if that is cut off.
         save_checkpoint(last_path(out), dict(
@@ -535,11 +538,11 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
             rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent))
         if better:
             save_checkpoint(out, checkpoint, before=lambda: first_best and set_aside(out))
-        record["seconds"] |= {what: round(seconds, 1) for what, seconds in spent.items()}
-        write_record(out, record)
+        write_record(out, record | {"seconds": record["seconds"] | spent})
         progress("")
         print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
               + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
+    record["seconds"] |= spent
     model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
     return best
 
@@ -614,8 +617,8 @@ def load_last(out, checkpoint):
     changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
     changed = [k for k in changed if k not in ("resume", "device", "out", "demo")]
     if changed:
-        raise UserError(f"{path} is of a run with another --{changed[0]} "
-                        f"({last['args'].get(changed[0])}): resume with the arguments it had.")
+        raise UserError(f"{path} is of a run with another --{changed[0]} ({last['args'].get(changed[0])}): resume with "
+                        "the arguments it had, or start without --resume.")
     ours, theirs = ({"train": c["train_ids"], "validation": c["validation_ids"], **(c.get("attributes") or {})}
                     for c in (checkpoint, last))
     if ours.keys() != theirs.keys() or not all(torch.equal(v, theirs[k]) for k, v in ours.items()):
@@ -779,7 +782,11 @@ def saved_split(checkpoint, person_ids, path):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors that end as all others do."""
+    """argparse, with wider help, and errors that end as all others do."""
+
+    def __init__(self, description):
+        super().__init__(usage="%(prog)s [options]", description=description, formatter_class=lambda prog:
+                         argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100))
 
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
@@ -814,15 +821,18 @@ def shared_flags(parser, epochs, lr, out):
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="to start from: imagenet, none, or a FILE of torchvision's ResNet18 (imagenet; "
         "none for the demo set)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"({epochs}, report section 4)")
-    add("--lr", type=number(float, 0, above=True), default=lr, help=f"highest learning rate ({lr}, report section 4)")
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"to train ({epochs}, report section 4)")
+    add("--lr", type=number(float, 0, above=True), default=lr, metavar="R", help="highest learning rate "
+        f"({lr}, report section 4)")
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the rate "
         "rises; then it falls to 0 (0.1, report section 4)")
     add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
     add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest there is)")
-    add("--out", type=Path, default=Path(out), metavar="FILE", help=f"best checkpoint; its record is beside it ({out})")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest "
+        "there is)")
+    add("--out", type=Path, default=Path(out), metavar="FILE", help="best checkpoint; its record and all pictures go "
+        f"into the same folder ({out})")
     add("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
 
 

@@ -266,7 +266,7 @@ def predict_files(args, checkpoint):
         some = crops[:20]
         maps = F.interpolate(activation_maps(model, some, found[:20]), some.shape[2:], mode="bilinear")
         maps = maps - maps.amin((2, 3), keepdim=True)
-        share = 0.7 * (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-9))[:, :, None]  # [n, 12, 1, H, W]
+        share = 0.7 * (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-9))[:, :, None] ** 2  # [n, 12, 1, H, W]
         orange = torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1)
         lit = (some[:, None] * (1 - share) + orange * share).byte()
         path = args.out.with_name("par_maps.png")
@@ -294,8 +294,7 @@ def statistics(args):
 
 
 def main():
-    parser = common.Parser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__.split("[report]")[0])
     add = parser.add_argument_group("stage 1").add_argument
     add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
         "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")

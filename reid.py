@@ -655,14 +655,14 @@ def find(args, checkpoint):
 
 
 def main():
-    parser = common.Parser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__.split("[report]")[0])
     either = parser.add_argument_group("start from stage 1, or score").add_mutually_exclusive_group().add_argument
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
     add = parser.add_argument_group("to train").add_argument
     add("--compare", action="store_true", help="train with and without --init: table 1")
-    add("--margin", type=common.number(float, 0), default=MARGIN, help=f"of the loss, squared distance ({MARGIN:g})")
+    add("--margin", type=common.number(float, 0), default=MARGIN, metavar="M", help="of the loss, squared distance "
+        f"({MARGIN:g})")
     add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
     add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
     add("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in report "
@@ -677,12 +677,13 @@ def main():
     only("--embed", type=Path, metavar="FILE", help="write the test set's embeddings to this .npz file")
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N queries of the test set, from the best "
          "found to the worst, with what was found, show.png")
-    only("--search", type=Path, metavar="QUERY", help="find what is nearest to this image, or to each in this folder")
-    only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
+    only("--search", type=Path, metavar="QUERY", help="find what is nearest to this image, or to each in this folder: "
+         "search.png")
+    only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red: find.png")
     add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     add("--precision", type=common.number(float, 0, 1), metavar="P", help="call two crops the same person up to the "
-        "farthest distance with this precision on validation (default: that of the highest F1)")
+        "farthest distance with this precision, 0 to 1, on validation (default: that of the highest F1)")
     common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
     args = parser.parse_args()
     if args.compare and not args.init:
