@@ -53,6 +53,7 @@ ATTRIBUTES = {
     "upcolor": ("black", "white", "red", "purple", "yellow", "gray", "blue", "green", "multi"),
     "downcolor": ("black", "white", "pink", "purple", "yellow", "gray", "blue", "green", "brown", "multi"),
 }
+IGNORED = ("thumbs.db", "desktop.ini")  # a system's own files
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
 
@@ -85,7 +86,7 @@ def load_market(root, part, size=(128, 64)):
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {PARTS[part]}: --data takes the folder that holds "
                         f"{', '.join(PARTS.values())}.")
-    names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in ("thumbs.db", "desktop.ini"))
+    names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in IGNORED)
     if not names:
         raise UserError(f"{folder} holds no crops.")
     parsed = [re.match(r"(-1|\d{1,9})_c(\d{1,9}).*\.jpe?g$", n, re.IGNORECASE) for n in names]
@@ -162,7 +163,7 @@ def read_user_images(paths, size):
     files, empty = [], []
     for path in map(Path, paths):
         inside = path.rglob("*") if path.is_dir() else [path]
-        found = sorted(p for p in inside if p.is_file() and p.name.lower() not in ("thumbs.db", "desktop.ini")
+        found = sorted(p for p in inside if p.is_file() and p.name.lower() not in IGNORED
                        and not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not found:
             empty.append(f"{path} holds no files." if path.exists() else f"{path} does not exist.")
@@ -597,6 +598,9 @@ def last_path(out):
     return out.with_name(out.stem.removesuffix("_best") + "_last.pt")
 
 
+STATE = ("optimizer", "generator", "rng", "device_rng", "rows", "metrics", "best", "spent")  # beside a checkpoint's own
+
+
 def load_last(out, checkpoint):
     """The state to resume the run that writes `out`, if there is one; UserError if it is of other data or arguments.
 
@@ -609,7 +613,7 @@ def load_last(out, checkpoint):
     try:
         whole = last["best"]["epoch"] <= last["epoch"] == last["rows"][-1]["epoch"] == len(last["rows"]) \
             and {"training", "validation"} <= set(last["spent"]) and set(last["metrics"]) <= set(last["best"]) \
-            and {"run", "optimizer", "generator", "rng", "device_rng"} <= set(last)
+            and {"run", *STATE} <= set(last)
     except (KeyError, TypeError, IndexError):
         whole = False
     if not whole:
@@ -628,8 +632,7 @@ def load_last(out, checkpoint):
         if last["best"]["epoch"] != last["epoch"]:
             raise UserError(f"{out} is not the best checkpoint of the run in {path}: put that back, or start without "
                             "--resume.")
-        state = ("optimizer", "generator", "rng", "device_rng", "rows", "metrics", "best", "spent")
-        save_checkpoint(out, {k: v for k, v in last.items() if k not in state},
+        save_checkpoint(out, {k: v for k, v in last.items() if k not in STATE},
                         before=lambda: saved.get("run") != last["run"] and set_aside(out))
     return last
 

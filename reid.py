@@ -307,7 +307,13 @@ def same_person(curve, hold=None):
 
 
 def score_selections(query, gallery, selections, cross_camera):
-    """Metrics under several selections, from one pass over the distances: dict of name -> as `rank_metrics`.
+    """Metrics under several selections: dict of name -> as `rank_metrics`; arguments as of `score_queries`."""
+    scores = score_queries(query, gallery, selections, cross_camera)
+    return {name: mean_metrics(found) for name, found in scores.items()}
+
+
+def score_queries(query, gallery, selections, cross_camera):
+    """Rank under several selections, in one pass over the distances: dict of name -> as `rank_queries`.
 
     selections: dict of name -> function of distances [C, G] and of the number of predicted attributes that differ
     [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all.
@@ -320,13 +326,16 @@ def score_selections(query, gallery, selections, cross_camera):
         for name, select in selections.items():
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids,
                                                  gallery.cameras, select(distances, differ), cross_camera)
-    return {name: mean_metrics(found) for name, found in scores.items()}
+    return scores
 
 
 def one_hot(attributes):
     """Classes int64 [N, 12] -> float32 [N, 41]; a product of two such matrices counts the attributes that agree."""
     return torch.cat([F.one_hot(attributes[:, k], len(names)) for k, names in enumerate(common.ATTRIBUTES.values())],
                      1).float()
+
+
+EVERY = {"none": lambda distances, differ: None}  # no selection: all are returned
 
 
 def score_words(log_p, labels):
@@ -347,7 +356,7 @@ def score_words(log_p, labels):
 def selections(threshold, hamming):
     """The report's ways to select what is returned (section 4.2.1): what is nearer than `threshold`; what differs in at
     most `hamming` of the 12 predicted attributes, if there are predictions (`hamming` is not None); both."""
-    chosen = {"none": lambda distances, differ: None, "threshold": lambda distances, differ: distances < threshold}
+    chosen = EVERY | {"threshold": lambda distances, differ: distances < threshold}
     if hamming is not None:
         chosen["hamming"] = lambda distances, differ: differ <= hamming
         chosen["both"] = lambda distances, differ: (differ <= hamming) & (distances < threshold)
@@ -404,8 +413,7 @@ def train(args, initial, market, split, crops, state):
 
     def validate():
         here = embed(model, None, crops, market.person_ids, market.camera_ids, validation)
-        every = {"none": lambda distances, differ: None}
-        across, report = (score_selections(here, here, every, cross)["none"] for cross in (True, False))
+        across, report = (score_selections(here, here, EVERY, cross)["none"] for cross in (True, False))
         checkpoint["distances"] = distance_histograms(here, here)
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
 
@@ -530,10 +538,7 @@ def evaluate(args, checkpoint):
 
 def show(path, query, gallery, test, real, count):
     """Draw `count` queries of the test set, spread from the highest AP to the lowest, and what is nearest to each."""
-    scores = new_scores(len(query.ids), query.ids.device)
-    for rows, distances in distance_chunks(query, gallery):
-        scores[:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], gallery.ids, gallery.cameras,
-                                       None, True)
+    scores = score_queries(query, gallery, EVERY, cross_camera=True)["none"]
     precision, matches = scores[METRICS.index("mAP")], scores[-1]
     order = precision.argsort(descending=True)
     order = order[matches[order] > 0]

@@ -453,11 +453,17 @@ def test_the_reports_protocol_ranks_all_others(monkeypatch):
         assert scores["mAP"] == pytest.approx(np.mean(totals), abs=1e-9) and scores["queries"] == len(totals)
 
 
-def test_a_threshold_never_raises_map_and_returns_what_it_says():
+def crops_of_people(count, spread):
+    """Embeddings of nine people seen by three cameras: each person's centre and noise of `spread` around it."""
     generator = torch.Generator().manual_seed(0)
-    ids, cameras = torch.randint(1, 10, (60,), generator=generator), torch.randint(1, 4, (60,), generator=generator)
-    features = torch.randn(10, 8, generator=generator)[ids] + 1.2 * torch.randn(60, 8, generator=generator)
-    crops = reid.Crops(features, ids, cameras, None)
+    ids, cameras = (torch.randint(1, high, (count,), generator=generator) for high in (10, 4))
+    features = torch.randn(10, 8, generator=generator)[ids] + spread * torch.randn(count, 8, generator=generator)
+    return reid.Crops(features, ids, cameras, None)
+
+
+def test_a_threshold_never_raises_map_and_returns_what_it_says():
+    crops = crops_of_people(60, spread=1.2)
+    features, ids, cameras = crops.features, crops.ids, crops.cameras
     mean = reid.mean_distance(crops, crops)
     brute = (features[:, None] - features).norm(dim=2)
     off = ~torch.eye(60, dtype=torch.bool)
@@ -471,10 +477,8 @@ def test_a_threshold_never_raises_map_and_returns_what_it_says():
 
 
 def test_same_person_has_the_precision_and_recall_that_counting_gives():
-    generator = torch.Generator().manual_seed(0)
-    ids, cameras = torch.randint(1, 10, (80,), generator=generator), torch.randint(1, 4, (80,), generator=generator)
-    features = torch.randn(10, 8, generator=generator)[ids] + 0.5 * torch.randn(80, 8, generator=generator)
-    crops = reid.Crops(features, ids, cameras, None)
+    crops = crops_of_people(80, spread=0.5)
+    features, ids, cameras = crops.features, crops.ids, crops.cameras
     curve = reid.distance_histograms(crops, crops)
     distances, same = (features[:, None] - features).norm(dim=2), ids[:, None] == ids
     match = same & (cameras[:, None] != cameras)
