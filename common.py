@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -469,6 +470,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
         return loss.detach()
 
     run_step = graphed(step) if cuda else step
+    device_rng = None if device.type == "cpu" else getattr(torch, device.type)  # torch.cuda or torch.mps
     best, first, spent = None, 1, {"training": 0.0, "validation": 0.0}
     last = load_last(out, checkpoint) if args.resume else None
     checkpoint["run"] = last["run"] if last else os.urandom(8).hex()
@@ -478,22 +480,19 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
             optimizer.load_state_dict(last["optimizer"])
             generator.set_state(last["generator"])
             torch.set_rng_state(last["rng"])
-            if device.type != "cpu" and device.type == last["args"]["device"]:
-                getattr(torch, device.type).set_rng_state(last["device_rng"])
+            if device_rng and device.type == last["args"]["device"]:
+                device_rng.set_rng_state(last["device_rng"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{last_path(out)} does not hold the state of a run: start without --resume.") from None
         record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
         first, spent = last["epoch"] + 1, last["spent"]
         print(f"Going on after epoch {last['epoch']}.")
-    for epoch in range(first, args.epochs + 1):
-        if best and epoch - 1 - best["epoch"] >= args.patience:
-            print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
-            break
+
+    def train_epoch(epoch):
         items = plan(generator)
         batch = min(args.batch, len(items))
         steps, width = len(items) // batch, items[0].numel()
         affine = random_affine(items.numel(), crops.shape[2:], generator).view(*items.shape, 2, 3).to(device)
-        kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
         sources, items = items.to(crops.device), items.to(device)
         losses, begin = torch.zeros(steps, device=device), time.perf_counter()
         shown, watched = begin, device.type == "cpu" or sys.stderr.isatty()
@@ -505,6 +504,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
             # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
             rows, warp = sources[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
             losses[k] = run_step(take(crops, rows, device), warp, items[now])
+            if interrupted:
+                raise KeyboardInterrupt
             # Only here does the host wait for a GPU: at the end of an epoch, and twice a second if someone is watching.
             if k + 1 == steps or watched and time.perf_counter() - shown > 0.5:
                 done = losses[:k + 1]
@@ -517,35 +518,73 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
                 left = round(((args.epochs - epoch + 1) * steps - k - 1) * batch * width / speed)
                 progress(f"epoch {epoch}/{args.epochs}  step {k + 1}/{steps}  loss {done.mean().item():.4f}  "
                          f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
-        row = {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
-               "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
-        progress(f"epoch {epoch}/{args.epochs}  validating")
-        try:
-            with timed(spent, "validation"):
-                figures = validate()
-        except UserError as error:
-            raise UserError(f"{error} This was after epoch {epoch}; {kept}.") from None
-        row.update(figures)
-        record["epochs"].append(row)
-        record["metrics"] = list(figures)
-        better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
-        first_best, best = best is None, row if better else best
-        spent["training"] = round(spent["training"] + row["seconds"], 2)
-        checkpoint.update(model=model.state_dict(), epoch=epoch)
-        # First the state to resume: what it calls the best epoch can be written from it, if that is cut off.
-        save_checkpoint(last_path(out), dict(
-            checkpoint, optimizer=optimizer.state_dict(), generator=generator.get_state(), rng=torch.get_rng_state(),
-            device_rng=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
-            rows=record["epochs"], metrics=record["metrics"], best=best, spent=spent))
-        if better:
-            save_checkpoint(out, checkpoint, before=lambda: first_best and set_aside(out))
-        write_record(out, record | {"seconds": record["seconds"] | spent})
-        progress("")
-        print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {speed:.0f} images/s  validation "
-              + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better, flush=True)
+        return {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
+                "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
+
+    with interruptible(out, record["epochs"]) as interrupted:
+        for epoch in range(first, args.epochs + 1):
+            if best and epoch - 1 - best["epoch"] >= args.patience:
+                print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
+                break
+            kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
+            row = train_epoch(epoch)
+            progress(f"epoch {epoch}/{args.epochs}  validating")
+            try:
+                with timed(spent, "validation"):
+                    figures = validate()
+            except UserError as error:
+                raise UserError(f"{error} This was after epoch {epoch}; {kept}.") from None
+            row.update(figures)
+            record["metrics"] = list(figures)
+            better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
+            first_best, best = best is None, row if better else best
+            spent["training"] = round(spent["training"] + row["seconds"], 2)
+            checkpoint.update(model=model.state_dict(), epoch=epoch)
+            # First the state to resume: what it calls the best epoch can be written from it, if that is cut off.
+            save_checkpoint(last_path(out), dict(
+                checkpoint, optimizer=optimizer.state_dict(), generator=generator.get_state(),
+                rng=torch.get_rng_state(), device_rng=device_rng and device_rng.get_rng_state(),
+                rows=[*record["epochs"], row], metrics=record["metrics"], best=best, spent=spent))
+            record["epochs"].append(row)
+            if better:
+                save_checkpoint(out, checkpoint, before=lambda: first_best and set_aside(out))
+            write_record(out, record | {"seconds": record["seconds"] | spent})
+            progress("")
+            print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s  "
+                  "validation " + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better,
+                  flush=True)
+            if interrupted:
+                raise KeyboardInterrupt
     record["seconds"] |= spent
     model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
     return best
+
+
+@contextlib.contextmanager
+def interruptible(out, epochs):
+    """Within, a first Ctrl-C is noted in the list that this gives, for `fit` to end after the step; a second is not.
+
+    Either way the KeyboardInterrupt that comes out says how to go on. epochs: the rows of the whole ones so far.
+    """
+    noted, usual = [], signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, note)
+        yield noted
+    except KeyboardInterrupt:
+        first = f"stopped in the first epoch of {out}; the same command with --resume begins that anew."
+        later = f"stopped; the same command with --resume goes on after epoch {len(epochs)} of {out}."
+        raise KeyboardInterrupt(later if epochs else first) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
 
 
 def graphed(step, warmup=3):
@@ -932,8 +971,9 @@ def run(main):
         progress("")
         print(f"{script}: the memory is full: lower --batch or --size, or pass another --device.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{script}: stopped. A training run goes on after its last whole epoch with --resume.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        progress("")
+        print(f"{script}: {str(stop) or 'stopped.'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -875,23 +876,46 @@ def test_training_stops_early_and_keeps_the_best_epoch(market, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("module", [par, reid])
-def test_a_run_that_was_cut_off_resumes_to_the_same_weights(module, market, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weights(module, market, tmp_path, capsys):
     arguments = ["--data", market, "--epochs", 3, "--batch", 8, "--size", "64x32", "--device", "cpu", "--out"]
-    assert call(module, *arguments, tmp_path / "whole_best.pt") == 0
-    write, calls = common.write_record, []
+    out = tmp_path / "cut_best.pt"
 
-    def die(*rest):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        write(*rest)
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "write_record", die)
-        assert call(module, *arguments, tmp_path / "cut_best.pt") == 130
-    assert "stopped" in capsys.readouterr().err
-    assert call(module, *arguments, tmp_path / "cut_best.pt", "--seed", 1, "--resume") == 2
+    def interrupted(owner, name, at, *more, presses=1):
+        """Run until Ctrl-C comes in the at-th call of `name`: -> how many steps were taken in all, what stderr says."""
+        usual, steps, take_step, calls = getattr(owner, name), [], torch.optim.AdamW.step, []
+
+        def called(*values, **named):
+            calls.append(1)
+            for _ in range(presses if len(calls) == at else 0):
+                signal.raise_signal(signal.SIGINT)
+            return usual(*values, **named)
+
+        def stepped(*values, **named):
+            steps.append(1)
+            return take_step(*values, **named)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, called)
+            patch.setattr(torch.optim.AdamW, "step", stepped)
+            assert call(module, *arguments, out, *more) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        return len(steps), capsys.readouterr().err
+
+    assert call(module, *arguments, tmp_path / "whole_best.pt") == 0
+    steps_an_epoch = 36 // 8
+    capsys.readouterr()
+    script, loss = f"{module.__name__}.py", (module, "attribute_loss" if module is par else "triplet_loss")
+    assert interrupted(*loss, 2) == (
+        2, f"{script}: stopped in the first epoch of {out}; the same command with --resume begins that anew.\n")
+    assert not list(tmp_path.glob("cut*"))
+    goes_on = f"{script}: stopped; the same command with --resume goes on after epoch 2 of {out}.\n"
+    # While epoch 2 is written: it is kept. In epoch 3: the step is finished; at the second Ctrl-C it is not.
+    assert interrupted(common, "write_record", 2, "--resume") == (2 * steps_an_epoch, goes_on)
+    assert interrupted(*loss, 3, "--resume") == (3, goes_on)
+    assert interrupted(*loss, 3, "--resume", presses=2) == (2, goes_on)
+    capsys.readouterr()
+    assert call(module, *arguments, out, "--seed", 1, "--resume") == 2
     check_sentence(capsys, "is of a run with another --seed")
-    assert call(module, *arguments, tmp_path / "cut_best.pt", "--resume") == 0
+    assert call(module, *arguments, out, "--resume") == 0
     assert "Going on after epoch 2" in capsys.readouterr().out
     first, second = (common.load_checkpoint(tmp_path / f"{name}_best.pt", module.__name__) for name in ("whole", "cut"))
     assert first["epoch"] == second["epoch"]
@@ -900,9 +924,13 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(module, market, tmp_
     for row in rows[0] + rows[1]:
         del row["seconds"], row["images_per_second"]
     assert rows[0] == rows[1] and len(rows[0]) == 3
-    before = (tmp_path / "cut_best.pt").read_bytes()
-    assert call(module, *arguments, tmp_path / "cut_best.pt", "--resume") == 0  # it has ended: nothing is trained again
-    assert "epoch  3/3" not in capsys.readouterr().out and (tmp_path / "cut_best.pt").read_bytes() == before
+    before = out.read_bytes()
+    assert call(module, *arguments, out, "--resume") == 0  # it has ended: nothing is trained again
+    assert "epoch  3/3" not in capsys.readouterr().out and out.read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:  # and where nothing is trained
+        patch.setattr(common, "load_market", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert call(module, "--data", market, "--eval", out) == 130
+    assert capsys.readouterr().err == f"{script}: stopped.\n"
 
 
 KILLS = int(os.environ.get("KILLS", "1"))
