@@ -930,11 +930,11 @@ def timed(seconds, what):
     seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - begin, 2)
 
 
-def say_seconds(seconds):
+def say_seconds(seconds, file=None):
     """Print where the time went, and the peak memory."""
     memory = " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items() if mb)
     print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
-          + (f"; peak memory {memory}" if memory else ""))
+          + (f"; peak memory {memory}" if memory else ""), file=file)
 
 
 def new_record(args):

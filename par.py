@@ -247,14 +247,17 @@ def predict_files(args, checkpoint):
     With --sheet and --maps also as pictures, of the first of them.
     """
     model = load(args, checkpoint)
-    paths, crops = common.read_user_images(args.predict, args.size)
-    found, sure = classes(log_probabilities(model, crops))
+    with common.timed(args.seconds, "reading"):
+        paths, crops = common.read_user_images(args.predict, args.size)
+    with common.timed(args.seconds, "predicting"):
+        found, sure = classes(log_probabilities(model, crops))
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
     named = [[names[c] for names, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
     for path, row, p in zip(paths, named, sure.tolist()):
         table.writerow([path, *row, *(f"{v:.3f}" for v in p)])
     print(f"{len(paths)} images, by {args.about}", file=sys.stderr)
+    common.say_seconds(args.seconds, sys.stderr)
 
     texts = [[(f"{a}: {c}", f"{v:.2f}") for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
     if args.sheet:

@@ -565,12 +565,16 @@ def export(args, checkpoint):
     common.check_output(args.embed, (".npz",))
     arrays = {}
     for name in ("query", "gallery"):
-        part = common.load_market(args.data, name, args.size)
-        values = common.infer(model, part.images).cpu(), part.person_ids, part.camera_ids, part.names
+        with common.timed(args.seconds, "loading"):
+            part = common.load_market(args.data, name, args.size)
+        with common.timed(args.seconds, "embedding"):
+            features = common.infer(model, part.images).cpu()
+        values = features, part.person_ids, part.camera_ids, part.names
         arrays |= {f"{name}_{k}": np.asarray(v) for k, v in zip(("features", "ids", "cameras", "names"), values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
     print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings of "
           f"{arrays['query_features'].shape[1]} dimensions")
+    common.say_seconds(args.seconds)
 
 
 def search(args, checkpoint):
@@ -578,9 +582,12 @@ def search(args, checkpoint):
     print(args.about)
     model, attribute_net = load(args, checkpoint)
     near, far, meaning = verdicts(args, checkpoint)
-    (asked, queries), (paths, crops) = (common.read_user_images([p], args.size) for p in (args.search, args.gallery))
+    with common.timed(args.seconds, "reading"):
+        (asked, queries), (paths, crops) = (common.read_user_images([path], args.size)
+                                            for path in (args.search, args.gallery))
     unknown = torch.zeros(max(len(queries), len(crops)), dtype=torch.int64)
-    query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
+    with common.timed(args.seconds, "embedding"):
+        query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
     places, rows, i = {path.resolve(): g for g, path in enumerate(paths)}, [], 0
     for _, distances in distance_chunks(query, gallery):
         for found in distances:
@@ -606,6 +613,7 @@ def search(args, checkpoint):
     path = args.out.with_name("search.png")
     common.sheet(path, rows[:20])
     print(f"{path}: the same as a picture (of 20 queries and 10 crops each, at most)")
+    common.say_seconds(args.seconds)
 
 
 def verdicts(args, checkpoint):
@@ -642,8 +650,10 @@ def find(args, checkpoint):
     _, attribute_net = load(args, checkpoint)
     if attribute_net is None:
         raise UserError(f"{args.eval} was trained without --init, so that it predicts no attributes to find by.")
-    paths, crops = common.read_user_images([args.gallery], args.size)
-    log_p = par.log_probabilities(attribute_net, crops)[:, [words.index(pair) for pair in asked.items()]]
+    with common.timed(args.seconds, "reading"):
+        paths, crops = common.read_user_images([args.gallery], args.size)
+    with common.timed(args.seconds, "predicting"):
+        log_p = par.log_probabilities(attribute_net, crops)[:, [words.index(pair) for pair in asked.items()]]
     best = log_p.sum(1).topk(min(args.top, len(crops)))
     lines, cells = [], []
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
@@ -657,6 +667,7 @@ def find(args, checkpoint):
     path = args.out.with_name("find.png")
     common.sheet(path, [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)])
     print(f"{path}: the same as a picture (of 50 crops, at most)")
+    common.say_seconds(args.seconds)
 
 
 def main():
