@@ -579,7 +579,8 @@ def interruptible(out, epochs):
             signal.signal(signal.SIGINT, note)
         yield noted
     except KeyboardInterrupt:
-        first = f"stopped in the first epoch of {out}; the same command with --resume begins that anew."
+        again = "" if last_path(out).exists() else " with --resume"  # what there is would be an earlier run's
+        first = f"stopped in the first epoch of {out}; the same command{again} begins that anew."
         later = f"stopped; the same command with --resume goes on after epoch {len(epochs)} of {out}."
         raise KeyboardInterrupt(later if epochs else first) from None
     finally:

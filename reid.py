@@ -199,7 +199,7 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     if keep is not None:
         part &= keep.bool()
         match &= part
-    ranked = distances.masked_fill(~part, torch.inf)
+    ranked = distances.masked_fill(~part, torch.inf).clamp_(min=torch.finfo(distances.dtype).min)  # nothing is below it
     rows, columns = match.nonzero(as_tuple=True)
     found = match.sum(1)
     place = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]

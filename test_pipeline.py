@@ -434,6 +434,8 @@ def test_rank_metrics_edge_cases():
         assert ranked["mAP"] == 0.25 and ranked["mINP"] == 0
     with pytest.raises(common.UserError, match="NaN"):
         reid.rank_metrics(torch.tensor([[float("nan")]]), one, one, one, one + 1)
+    minus = torch.tensor([[-torch.inf, 1.0]])  # of log-scores, say
+    assert reid.rank_metrics(minus, one, one, torch.tensor([1, 5]), torch.tensor([2, 2]))["mAP"] == 1
 
 
 def test_the_reports_protocol_ranks_all_others(monkeypatch):
@@ -910,6 +912,9 @@ def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weigh
     assert interrupted(*loss, 2) == (
         2, f"{script}: stopped in the first epoch of {out}; the same command with --resume begins that anew.\n")
     assert not list(tmp_path.glob("cut*"))
+    (tmp_path / "cut_last.pt").write_text("an earlier run's")
+    assert "; the same command begins that anew." in interrupted(*loss, 2)[1]
+    (tmp_path / "cut_last.pt").unlink()
     goes_on = f"{script}: stopped; the same command with --resume goes on after epoch 2 of {out}.\n"
     # While epoch 2 is written: it is kept. In epoch 3: the step is finished; at the second Ctrl-C it is not.
     assert interrupted(common, "write_record", 2, "--resume") == (2 * steps_an_epoch, goes_on)
