@@ -94,19 +94,15 @@ def load_market(root, part, size=(128, 64)):
     if None in parsed:
         raise UserError(f"{folder / names[parsed.index(None)]} is not named like a crop of Market-1501 "
                         "(0002_c1s1_000451_03.jpg: identity 2, camera 1): rename it or move it out of the folder.")
-    ids = torch.tensor([[int(m[1]), int(m[2])] for m in parsed])
+    ids, cameras = ([int(m[k]) for m in parsed] for k in (1, 2))
     known, table = read_annotations(root, "train" if part == "train" else "test")
-    labels = torch.full((len(names), len(ATTRIBUTES)), -1)
-    if len(known):
-        known, order = known.sort()
-        row = torch.searchsorted(known, ids[:, 0].contiguous()).clamp(max=len(known) - 1)
-        found = known[row] == ids[:, 0]
-        missing = ids[~found & (ids[:, 0] > 0), 0]
-        if len(missing):
-            raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, "
-                            f"which has crops in {folder.name}.")
-        labels[found] = table[order[row[found]]]
-    return Market(read_crops([folder / n for n in names], size), ids[:, 0].clone(), ids[:, 1].clone(), labels, names)
+    row = {i: k for k, i in enumerate(known.tolist())}
+    missing = [i for i in ids if i > 0 and i not in row]
+    if row and missing:
+        raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
+    table = torch.cat([table, torch.full((1, len(ATTRIBUTES)), -1)])  # row -1: not annotated
+    labels = table[[row.get(i, -1) for i in ids]]
+    return Market(read_crops([folder / n for n in names], size), *map(torch.tensor, (ids, cameras)), labels, names)
 
 
 def read_crops(paths, size):
@@ -333,28 +329,23 @@ def backbone_weights(choice):
     if choice == "none":
         return None
     if choice == "imagenet":
-        url = ResNet18_Weights.IMAGENET1K_V1.url
-        instead = "pass --weights none to start from random weights, or --weights FILE with a downloaded copy."
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        if not cached.is_file():
-            # A network that swallows packets can hang a look-up for minutes: ask in a thread that may be left behind.
-            answer = []
-            probe = threading.Thread(target=lambda: answer.append(_probe(url)), daemon=True)
-            probe.start()
-            probe.join(15)
-            if answer != [None]:
-                raise UserError(f"ImageNet weights could not be downloaded from {url} "
-                                f"({(answer or ['no answer'])[0]}): {instead}")
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # a transfer that stalls later
+        weights, answer = ResNet18_Weights.IMAGENET1K_V1, []
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
         try:
-            weights = ResNet18_Weights.IMAGENET1K_V1
+            if not cached.is_file():  # a network that swallows packets can hang a look-up for minutes: in a thread then
+                probe = threading.Thread(target=lambda: answer.append(_probe(weights.url)), daemon=True)
+                probe.start()
+                probe.join(15)
+                if answer != [None]:
+                    raise OSError((answer or ["no answer"])[0])
+            socket.setdefaulttimeout(20)  # a transfer that stalls later
             return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
         except Exception as error:  # of the network, of the hash, of a damaged file
-            raise UserError(f"ImageNet weights could not be had from {url} or {cached} ({error}): "
-                            f"delete that file if it is there; or {instead}") from None
+            raise UserError(f"ImageNet weights could not be had from {weights.url} or {cached} ({error}): delete that "
+                            "file if it is there, pass --weights none to start from random weights, or --weights FILE "
+                            "with a downloaded copy.") from None
         finally:
-            socket.setdefaulttimeout(timeout)
+            socket.setdefaulttimeout(None)
     state = torch_load(choice)
     expected = resnet18().state_dict()
     # The published file is older than BatchNorm's num_batches_tracked, and its classes are not ours.
@@ -417,16 +408,13 @@ def take(crops, rows, device):
 def infer(model, crops, rows=None):
     """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
     batch = max(1, 512 * 128 * 64 // crops[0, 0].numel())
-    device, outputs, several = next(model.parameters()).device, [], False
-    rows = torch.arange(len(crops)) if rows is None else rows
-    rows = rows.to(crops.device)
+    device = next(model.parameters()).device
+    rows = (torch.arange(len(crops)) if rows is None else rows).to(crops.device)
     model.eval()
     with torch.inference_mode(), autocast(device):
-        for chunk in rows.split(batch):
-            out = model(take(crops, chunk, device))
-            several = isinstance(out, list)
-            outputs.append(out if several else [out])
-        merged = [torch.cat(parts).float() for parts in zip(*outputs)]
+        outputs = [model(take(crops, chunk, device)) for chunk in rows.split(batch)]
+        several = isinstance(outputs[0], list)
+        merged = [torch.cat(parts).float() for parts in (zip(*outputs) if several else [outputs])]
     if not all(out.isfinite().all() for out in merged):
         raise UserError("The network's output holds NaN or infinity: its training has diverged. "
                         "Train again with a lower --lr.")
@@ -955,27 +943,22 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
-        main()
-    except UserError as error:
-        progress("")
-        print(f"{script}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # a file's name can hold a newline
-        sys.exit(2)
+        return main()
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UserError as error:
+        code, sentence = 2, " ".join(str(error).splitlines())  # a file's name can hold a newline
     except OSError as error:
-        progress("")
-        print(f"{script}: {error.filename or 'A file'} cannot be read or written ({error.strerror}).", file=sys.stderr)
-        sys.exit(2)
+        code, sentence = 2, f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU's allocator say it in different words
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|not enough mem", str(error)):
             raise
-        progress("")
-        print(f"{script}: the memory is full: lower --batch or --size, or pass another --device.", file=sys.stderr)
-        sys.exit(2)
+        code, sentence = 2, "the memory is full: lower --batch or --size, or pass another --device."
     except KeyboardInterrupt as stop:
-        progress("")
-        print(f"{script}: {str(stop) or 'stopped.'}", file=sys.stderr)
-        sys.exit(130)
+        code, sentence = 130, str(stop) or "stopped."
+    progress("")
+    print(f"{script}: {sentence}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
@@ -1069,18 +1052,16 @@ def charts(path, panels, columns=1, size=(560, 330)):
         line([(x0, y1), (x0, y0), (x1, y0)], GREY, 1)
         text((x0 + x1) / 2, y0 + 36, panel["x"], "mm")
         text(left + 16, y1 - 18, panel["y"], "lm", 12, GREY)
-        legend = []
-        for colour, (name, (xv, yv)) in zip(COLOURS, panel["lines"].items()):
+        legend = dict(zip([*panel["lines"], *marks], COLOURS))
+        for name, (xv, yv) in panel["lines"].items():
             points = [(at_x(a), at_y(b)) for a, b in zip(xv, yv)]
-            line(points, colour)
+            line(points, legend[name])
             for x, y in points if len(points) < 50 else ():
-                pen.ellipse([(x - 2.5) * scale, (y - 2.5) * scale, (x + 2.5) * scale, (y + 2.5) * scale], colour)
-            legend.append((name, colour))
-        for colour, (name, v) in zip(COLOURS[len(legend):] + COLOURS, marks.items()):
+                pen.ellipse([(x - 2.5) * scale, (y - 2.5) * scale, (x + 2.5) * scale, (y + 2.5) * scale], legend[name])
+        for name, v in marks.items():
             for k in range(0, 40, 2) if low <= v <= high else ():
-                line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], colour, 1.5)
-            legend.append((name, colour))
-        for k, (name, colour) in enumerate(reversed(legend)):
+                line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], legend[name], 1.5)
+        for name, colour in reversed(legend.items()):
             text(x1, y1 - 18, name, "rm", 12, colour)
             x1 -= pen.textlength(name, ImageFont.load_default(12 * scale)) / scale + 18
     picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
@@ -1111,10 +1092,8 @@ def sheet(path, rows, height=256, beside=False):
             for j, line in enumerate(lines):
                 text, colour = (line, INK) if isinstance(line, str) else line
                 text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
-                if pen.textlength(text, font) > text_width:
-                    while pen.textlength(text + "...", font) > text_width:
-                        text = text[:-1]
-                    text += "..."
+                while pen.textlength(text, font) > text_width:
+                    text = text.removesuffix("...")[:-1] + "..."
                 pen.text((left, top + 18 * j), text, colour, font)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
@@ -1172,13 +1151,12 @@ def draw_market(root, identities, images_per_identity, seed=0):
     in bounding_box_train or bounding_box_test, from two cameras or more. Queries, distractors, junk and both CSV files
     of annotations come with them.
     """
-    root = Path(root)
+    root, frame = Path(root), 0
     for folder in PARTS.values():
         (root / folder).mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
-    columns = ["age", "backpack", "bag", "handbag", "clothes", "down", "up", "hair", "hat", "gender"]
-    columns += [f"{side}{name}" for side in ("up", "down") for name in ATTRIBUTES[f"{side}color"][:-1]]
-    frame = 0
+    plain = ["age", "backpack", "bag", "handbag", "clothes", "down", "up", "hair", "hat", "gender"]
+    flags = [(a, k) for a in ("upcolor", "downcolor") for k in range(len(ATTRIBUTES[a]) - 1)]
 
     def save(part, person_id, person, camera, number, poor=False):
         nonlocal frame
@@ -1188,15 +1166,10 @@ def draw_market(root, identities, images_per_identity, seed=0):
         draw_crop(person, camera, random, poor).save(path, quality=int(random.randint(70, 92)))
 
     for half, start in (("train", 1), ("test", identities + 1)):
-        lines = [",".join(["id", *columns])]
+        lines = [["id", *plain, *(a.removesuffix("color") + ATTRIBUTES[a][k] for a, k in flags)]]
         for person_id in range(start, start + identities):
             person = draw_identity(random)
-            codes = {a: person[a] + 1 for a in columns[:10]}
-            for column in columns[10:]:
-                side = "up" if column.startswith("up") else "down"
-                names = ATTRIBUTES[f"{side}color"]
-                codes[column] = 1 + (names[person[f"{side}color"]] == column[len(side):])
-            lines.append(",".join(map(str, [person_id, *(codes[c] for c in columns)])))
+            lines.append([person_id, *(1 + person[a] for a in plain), *(1 + (person[a] == k) for a, k in flags)])
             cameras = 1 + random.permutation(6)[:random.randint(2, 7)]
             for k in range(images_per_identity):
                 save("train" if half == "train" else "gallery", person_id, person, cameras[k % len(cameras)], 1 + k)
@@ -1205,7 +1178,8 @@ def draw_market(root, identities, images_per_identity, seed=0):
                     save("query", person_id, person, camera, 0)
                 if (person_id - start) % 6 == 0:
                     save("gallery", -1, person, cameras[0], 98, poor=True)
-        (root / f"annotations_{half}.csv").write_text("\n".join(lines) + "\n", newline="\n")
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        (root / f"annotations_{half}.csv").write_text(text, newline="\n")
     for k in range(max(2, identities * images_per_identity // 5)):
         save("gallery", 0, draw_identity(random), random.randint(1, 7), 1 + k % 90, poor=k % 3 == 0)
     (root / DRAWN).write_text("Drawn people, not photographs: "

@@ -81,15 +81,12 @@ def sample_triplets(person_ids, clusters, generator=None):
     cluster; from anywhere where that cluster holds a single identity. Images that are the only one of their identity
     have no positive: they serve as negatives only, and there are as many rows fewer.
     """
-    ids, n = person_ids.cpu(), len(person_ids)
-    _, ids = ids.unique(return_inverse=True)
-    clusters = clusters.cpu()
+    ids, clusters, n = person_ids.cpu().unique(return_inverse=True)[1], clusters.cpu(), len(person_ids)
     draw = torch.rand(2, n, generator=generator, dtype=torch.float64)
 
     # Images of one identity stand together in `by_id`, from `first`: step on within that block to another image.
     by_id, size = ids.argsort(stable=True), ids.bincount()
-    first, place = (size.cumsum(0) - size)[ids], torch.empty(n, dtype=torch.int64)
-    place[by_id] = torch.arange(n)
+    first, place = (size.cumsum(0) - size)[ids], by_id.argsort()
     others = size[ids] - 1
     if n == 0 or size.max() < 2 or len(size) < 2:
         raise UserError("No triplet can be formed: that takes two identities, one of them with two crops or more.")
@@ -353,16 +350,6 @@ def score_words(log_p, labels):
     return rank_metrics(-scores, torch.arange(len(asked)) + 1, nowhere[:len(asked)], ids, nowhere, cross_camera=False)
 
 
-def selections(threshold, hamming):
-    """The report's ways to select what is returned (section 4.2.1): what is nearer than `threshold`; what differs in at
-    most `hamming` of the 12 predicted attributes, if there are predictions (`hamming` is not None); both."""
-    chosen = EVERY | {"threshold": lambda distances, differ: distances < threshold}
-    if hamming is not None:
-        chosen["hamming"] = lambda distances, differ: differ <= hamming
-        chosen["both"] = lambda distances, differ: (differ <= hamming) & (distances < threshold)
-    return chosen
-
-
 def tune_hamming(query, gallery):
     """The Hamming parameter, 0 to 12, with the highest mAP across cameras (12 returns all); ties go to the smallest."""
     tries = {k: lambda distances, differ, k=k: differ <= k for k in range(len(common.ATTRIBUTES) + 1)}
@@ -445,6 +432,7 @@ def train(args, initial, market, split, crops, state):
 def report(args, query, gallery, title, hamming=None, protocols=("all cameras", "across cameras")):
     """Print a table of every selection for each protocol: -> (protocol -> selection -> metrics, threshold, parameter).
 
+    [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by both.
     The parameter is --hamming, else the given one, else tuned on these crops; None without predicted attributes.
     """
     threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
@@ -454,7 +442,10 @@ def report(args, query, gallery, title, hamming=None, protocols=("all cameras", 
         hamming = args.hamming
     elif hamming is None:
         hamming = tune_hamming(query, gallery)
-    results, chosen = {}, selections(threshold, hamming)
+    results, chosen = {}, EVERY | {"threshold": lambda distances, differ: distances < threshold}
+    if hamming is not None:
+        chosen["hamming"] = lambda distances, differ: differ <= hamming
+        chosen["both"] = lambda distances, differ: (differ <= hamming) & (distances < threshold)
     columns = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
              "mINP": "mINP", "precision": "precision", "recall": "recall"}
     for protocol in protocols:
@@ -588,27 +579,24 @@ def search(args, checkpoint):
     unknown = torch.zeros(max(len(queries), len(crops)), dtype=torch.int64)
     with common.timed(args.seconds, "embedding"):
         query, gallery = (embed(model, attribute_net, images, unknown, unknown) for images in (queries, crops))
-    places, rows, i = {path.resolve(): g for g, path in enumerate(paths)}, [], 0
-    for _, distances in distance_chunks(query, gallery):
-        for found in distances:
-            if (itself := places.get(asked[i].resolve())) is not None:
-                found[itself] = torch.inf
-            nearest = found.topk(min(args.top, len(crops)), largest=False)
-            lines, cells = [], [(queries[i], ["query", asked[i].stem, *names(query, i)], None)]
-            for rank, (g, d) in enumerate(zip(nearest.indices.tolist(), nearest.values.tolist()), 1):
-                if d == torch.inf:
-                    continue
-                verdict = "yes" if d < near else "unsure" if d < far else "no"
-                differ = [theirs for ours, theirs in zip(names(query, i), names(gallery, g)) if ours != theirs]
-                alike = f"{12 - len(differ)} of 12" if attribute_net else "-"
-                lines.append([str(rank), f"{d:.3f}", verdict, alike, str(paths[g])])
-                cells.append((crops[g], [(f"{rank}: {d:.2f}, {verdict}", VERDICTS[verdict]), paths[g].stem,
-                                         f"shares {alike}" * (alike != "-"), *((t, OTHER) for t in differ)],
-                              VERDICTS[verdict]))
-            common.table(f"Nearest to {asked[i]} of {len(crops)} images",
-                         ["rank", "distance", "same person", "same attributes", "file"], lines)
-            rows.append(cells[:11])
-            i += 1
+    places, rows = {path.resolve(): g for g, path in enumerate(paths)}, []
+    for i, found in enumerate(row for _, distances in distance_chunks(query, gallery) for row in distances):
+        if (itself := places.get(asked[i].resolve())) is not None:
+            found[itself] = torch.inf
+        nearest = found.topk(min(args.top, len(crops)), largest=False)
+        lines, cells = [], [(queries[i], ["query", asked[i].stem, *names(query, i)], None)]
+        for rank, (g, d) in enumerate(zip(nearest.indices.tolist(), nearest.values.tolist()), 1):
+            if d == torch.inf:
+                continue
+            verdict = "yes" if d < near else "unsure" if d < far else "no"
+            differ = [theirs for ours, theirs in zip(names(query, i), names(gallery, g)) if ours != theirs]
+            alike = f"{12 - len(differ)} of 12" if attribute_net else "-"
+            lines.append([str(rank), f"{d:.3f}", verdict, alike, str(paths[g])])
+            cells.append((crops[g], [(f"{rank}: {d:.2f}, {verdict}", colour := VERDICTS[verdict]), paths[g].stem,
+                                     f"shares {alike}" * (alike != "-"), *((t, OTHER) for t in differ)], colour))
+        common.table(f"Nearest to {asked[i]} of {len(crops)} images",
+                     ["rank", "distance", "same person", "same attributes", "file"], lines)
+        rows.append(cells[:11])
     print(f"\n{meaning}")
     path = args.out.with_name("search.png")
     common.sheet(path, rows[:20])
