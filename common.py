@@ -169,7 +169,7 @@ def read_user_images(paths, size):
         raise UserError(" ".join(empty))
     for sentence in empty:
         print(f"Skipped: {sentence}", file=sys.stderr)
-    read, crops = [], []
+    read, crops = [], torch.empty(len(files), 3, *size, dtype=torch.uint8)
 
     def decode(path):
         try:
@@ -182,14 +182,14 @@ def read_user_images(paths, size):
             if isinstance(crop, UserError):
                 print("Skipped:", *str(crop).splitlines(), file=sys.stderr)
             else:
+                crops[len(read)] = crop
                 read.append(path)
-                crops.append(crop)
     progress("")
     if 0 < len(read) < len(files):
         print(f"{len(files) - len(read)} of {len(files)} files were skipped.", file=sys.stderr)
-    if not crops:
+    if not read:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
-    return read, torch.stack(crops)
+    return read, crops[:len(read)]
 
 
 def read_annotations(root, half):
