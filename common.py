@@ -907,7 +907,8 @@ def start(args, path=None, checkpoint=None, data=True):
         print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501.\n"
               "README says how to get that.")
     print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
-          f"{args.size[0]}x{args.size[1]} | weights {path or args.weights} | seed {args.seed}", flush=True)
+          f"{args.size[0]}x{args.size[1]} | weights {path or args.weights}"
+          + ("" if args.eval else f" | seed {args.seed}"), flush=True)  # a checkpoint has its own
     return device
 
 

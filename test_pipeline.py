@@ -710,6 +710,7 @@ def test_stage_2_scores_and_exports_the_test_set(trained, market, tmp_path, caps
     assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--hamming", 3, "--threshold", 1.5) == 0
     out = capsys.readouterr().out
     assert ", test set, " in out and "distance < 1.500" in out and "at most 3 of 12" in out
+    assert f"weights {trained / 'reid_best.pt'}\n" in out  # and no seed: the checkpoint's need not be this command's
     assert call(reid, "--data", market, "--eval", trained / "reid_best.pt", "--embed", tmp_path / "f.npz") == 0
     assert "Seconds: loading" in capsys.readouterr().out
     arrays = np.load(tmp_path / "f.npz")
