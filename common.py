@@ -159,10 +159,12 @@ def read_user_images(paths, size):
     """
     files, empty = [], []
     for path in map(Path, paths):
-        inside = path.rglob("*") if path.is_dir() else [path]
+        before, walk = len(empty), os.walk(path, onerror=lambda error: empty.append(
+            f"{error.filename} cannot be read ({error.strerror})."))
+        inside = (Path(folder, name) for folder, _, names in walk for name in names) if path.is_dir() else [path]
         found = sorted(p for p in inside if p.is_file() and p.name.lower() not in IGNORED
                        and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        if not found:
+        if not found and len(empty) == before:
             empty.append(f"{path} holds no files." if path.exists() else f"{path} does not exist.")
         files += found
     if not files:
@@ -207,7 +209,14 @@ def read_annotations(root, half):
             rows = list(reader)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{source} cannot be read as a table ({error}).") from None
-        columns = {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
+        header = [name for name in reader.fieldnames or () if name]
+        if len(header) > len(set(header)):
+            raise UserError(f"{source} has two columns '{max(header, key=header.count)[:40]}'.")
+        for row in rows:
+            if any(value.strip() for value in row.get(None, ())):  # one value too many shifts all that follow it
+                raise UserError(f"{source}: the row that begins with '{next(iter(row.values()))[:40]}' has more values "
+                                "than the header has columns.")
+        columns = {name: [row[name] for row in rows] for name in header}
     elif mat.is_file():
         source = mat
         try:
@@ -236,8 +245,8 @@ def read_annotations(root, half):
             except (TypeError, ValueError, OverflowError):
                 fits = False
             if not fits:
-                who = "" if name == "id" else f" of identity {np.atleast_1d(columns['id'])[row]}"
-                raise UserError(f"{source}: column '{name}'{who} holds '{value}', "
+                who = "" if name == "id" else f" of identity {str(np.atleast_1d(columns['id'])[row])[:40]}"
+                raise UserError(f"{source}: column '{name}'{who} holds '{str(value)[:40]}', "
                                 f"not a whole number from 1 to {highest}.")
         return torch.tensor(numbers, dtype=torch.int64)
 
@@ -780,13 +789,17 @@ def load_checkpoint(path, kind):
 
     try:
         args, ids = checkpoint["args"], [checkpoint["train_ids"], checkpoint["validation_ids"]]
-        whole = len(args["size"]) == 2 and all(side in range(32, 1025) for side in args["size"]) \
-            and torch.cat(ids).dtype == torch.int64 and isinstance(checkpoint["epoch"], int) \
-            and isinstance(checkpoint["model"], dict)
+        # Contiguous: a tensor of one value and a stride of 0 fills no file, but all memory.
+        whole = len(args["size"]) == 2 and all(type(v) is int and 32 <= v <= 1024 for v in args["size"]) \
+            and all(v.dtype == torch.int64 and v.dim() == 1 and v.is_contiguous() and len(v) for v in ids) \
+            and isinstance(checkpoint["epoch"], int) and isinstance(checkpoint["model"], dict)
         if kind == "reid":
-            curve = checkpoint["distances"]
-            whole = whole and args["dim"] in range(1, 4097) and "attributes" in checkpoint \
-                and len(curve["edges"]) - 1 == torch.stack([curve["matches"], curve["others"]]).shape[1] > 0
+            edges, *counts = (checkpoint["distances"][k] for k in ("edges", "matches", "others"))
+            whole = whole and type(args["dim"]) is int and 1 <= args["dim"] <= 4096 \
+                and isinstance(checkpoint["attributes"], (dict, type(None))) \
+                and edges.dim() == 1 and edges.is_contiguous() and edges.isfinite().all() and (edges.diff() > 0).all() \
+                and all(v.shape == edges[1:].shape and v.is_contiguous() and v.isfinite().all() and (v >= 0).all()
+                        and v.sum() > 0 for v in counts)
     except Exception:
         whole = False
     if not whole:

@@ -73,7 +73,7 @@ def float32(monkeypatch):
 def short_fit(model, data, rows, out, validate=lambda: {"f1": 1.0}, **settings):
     """`fit` on given rows with cross-entropy, an epoch in batches of 8 unless settings say otherwise: -> its record."""
     defaults = {"seed": 0, "lr": 1e-3, "warmup": 0.5, "epochs": 1, "batch": 8, "patience": 5, "resume": False}
-    checkpoint = {"kind": "par", "args": {"size": (128, 64)}, "train_ids": torch.arange(1), "validation_ids": rows[:0]}
+    checkpoint = {"kind": "par", "args": {"size": (128, 64)}, "train_ids": rows[:1], "validation_ids": rows[:1]}
     record = {"epochs": [], "seconds": {}}
     common.fit(model, data.images, lambda generator: rows, lambda z, r: par.attribute_loss(z, data.labels[r], "ce"),
                validate, common.argparse.Namespace(out=out, **defaults | settings), checkpoint, record)
@@ -633,6 +633,14 @@ def test_what_cannot_be_read_is_named_once_and_the_rest_is_done(trained, tmp_pat
     readable = ["large.png", "fine.webp"]
     if os.name != "nt":
         (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "closed").mkdir()
+    scan = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", closed)
         (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
         Image.new("RGB", (20, 40)).save(folder / "two\nlines \u00e4.png")
         readable.append("two\nlines \u00e4.png")
@@ -645,9 +653,10 @@ def test_what_cannot_be_read_is_named_once_and_the_rest_is_done(trained, tmp_pat
                 "--out", tmp_path / "p.pt") == 0
     out, err = capsys.readouterr()
     assert [Path(row["file"]).name for row in csv.DictReader(io.StringIO(out))] == readable
-    assert err.count("Skipped: ") == 5 and "nowhere does not exist" in err and "bomb.png is too large an image" in err
+    assert err.count("Skipped: ") == 6 and "nowhere does not exist" in err and "bomb.png is too large an image" in err
+    assert f"Skipped: {folder / 'closed'} cannot be read (Permission denied)." in err
     assert f"4 of {4 + len(readable)} files were skipped." in err and f"{len(readable)} images, by " in err
-    assert err.count("\n") == 5 + 4 and "Seconds: reading" in err
+    assert err.count("\n") == 6 + 4 and "Seconds: reading" in err
     assert call(par, "--eval", trained / "par_best.pt", "--predict", folder / "text.jpg") == 2
     assert "No image could be read from" in capsys.readouterr().err
 
@@ -1299,6 +1308,13 @@ BROKEN_ARGUMENTS = {
     "a negative rate": (par, lambda t, f: ["--lr=-1e-3"], "-1e-3 is not above 0"),
     "a rate that is no number": (reid, lambda t, f: ["--lr", "nan"], "nan is not above 0"),
     "a warm-up over 1": (reid, lambda t, f: ["--warmup", 1.5], "1.5 is not at least 0 and at most 1"),
+    "a value too many": (lambda r: (r / "annotations_train.csv").write_text(
+        (r / "annotations_train.csv").read_text().replace("\n1,", "\n1,1,")), "the row that begins with '1' has more"),
+    "two columns of a name": (lambda r: (r / "annotations_train.csv").write_text(
+        (r / "annotations_train.csv").read_text().replace("\n", ",1\n").replace(",1\n", ",age\n", 1)),
+        "has two columns 'age'"),
+    "a quote that does not end": (lambda r: (r / "annotations_train.csv").write_text(
+        (r / "annotations_train.csv").read_text().replace("\n2,", '\n"2,')), "holds '2,"),
     "a negative margin": (reid, lambda t, f: ["--margin=-1"], "-1 is not at least 0"),
     "a Hamming distance of 13": (reid, lambda t, f: ["--hamming", 13], "13 is not at least 0 and at most 12"),
     "a threshold that is none": (reid, lambda t, f: ["--threshold", "far"], "far is neither"),
@@ -1442,6 +1458,23 @@ def test_mutated_files_end_in_a_sentence_or_in_work(kind, market, trained, tmp_p
 
 
 def test_a_checkpoint_of_other_identities_is_refused(trained, tmp_path, capsys):
+    "a checkpoint of dimensions that are no number": (reid, lambda t, f: ["--eval", changed(
+        f, t, "reid", args={"size": (128, 64), "dim": True})], "is not a whole checkpoint"),
+    "a checkpoint whose size is no whole number": (par, lambda t, f: ["--eval", changed(
+        f, t, "par", args={"size": (128, 64.0)})], "is not a whole checkpoint"),
+    "a checkpoint of nobody": (par, lambda t, f: ["--eval", changed(
+        f, t, "par", validation_ids=torch.zeros(0, dtype=torch.int64))], "is not a whole checkpoint"),
+    "a checkpoint that fills all memory": (par, lambda t, f: ["--eval", changed(
+        f, t, "par", train_ids=torch.zeros(1, dtype=torch.int64).expand(10**10))], "is not a whole checkpoint"),
+    "a checkpoint whose distances are NaN": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances={
+        "edges": torch.tensor([0, math.nan]), "matches": torch.ones(1), "others": torch.ones(1)})],
+        "is not a whole checkpoint"),
+    "a checkpoint whose distances are none": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances={
+        "edges": torch.arange(3), "matches": torch.zeros(2), "others": torch.ones(2)})], "is not a whole checkpoint"),
+    "a checkpoint whose stage 1 is a tensor": (reid, lambda t, f: ["--eval", changed(
+        f, t, "reid", attributes=torch.zeros(3))], "is not a whole checkpoint"),
+    "an output over the checkpoint it starts from": (reid, lambda t, f: [
+        "--init", f / "par_best.pt", "--out", f / "par_best.pt"], "would replace the checkpoint of --init"),
     common.draw_market(tmp_path, 12, 2, seed=0)
     for module, flag, name in ((reid, "--init", "par_best.pt"), (par, "--eval", "par_best.pt"),
                                (reid, "--eval", "reid_best.pt")):
