@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -474,12 +475,18 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
     if last:
         try:
             model.load_state_dict(last["model"])
-            optimizer.load_state_dict(last["optimizer"])
+            moments = last["optimizer"]["state"]
+            for k in moments:  # AdamW would not look, and write beyond what is too short
+                if not dense[k].shape == moments[k]["exp_avg"].shape == moments[k]["exp_avg_sq"].shape:
+                    raise ValueError
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
             generator.set_state(last["generator"])
             torch.set_rng_state(last["rng"])
             if device_rng and device.type == last["args"]["device"]:
                 device_rng.set_rng_state(last["device_rng"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if memory_is_full(error):
+                raise
             raise UserError(f"{last_path(out)} does not hold the state of a run: start without --resume.") from None
         record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
         first, spent = last["epoch"] + 1, last["spent"]
@@ -649,20 +656,23 @@ def load_last(out, checkpoint):
     last = load_checkpoint(path, checkpoint["kind"])
     try:
         whole = last["best"]["epoch"] <= last["epoch"] == last["rows"][-1]["epoch"] == len(last["rows"]) \
-            and {"training", "validation"} <= set(last["spent"]) and set(last["metrics"]) <= set(last["best"]) \
-            and {"run", *STATE} <= set(last)
-    except (KeyError, TypeError, IndexError):
+            and {"training", "validation"} <= set(last["spent"]) and {"run", *STATE} <= set(last) \
+            and all(set(last["metrics"]) <= set(row) and all(map(math.isfinite, row.values()))
+                    for row in (last["best"], *last["rows"])) and all(map(math.isfinite, last["spent"].values()))
+    except (KeyError, TypeError, IndexError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path} does not hold the state of a run: start without --resume.")
     changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
-    changed = [k for k in changed if k not in ("resume", "device", "out", "demo")]
+    changed = [k for k in changed if k not in ("device", "out", "demo")]
     if changed:
         raise UserError(f"{path} is of a run with another --{changed[0]} ({last['args'].get(changed[0])}): resume with "
-                        "the arguments it had, or start without --resume.")
+                        "the arguments it had, start without --resume, or move that file away.")
     ours, theirs = ({"train": c["train_ids"], "validation": c["validation_ids"], **(c.get("attributes") or {})}
                     for c in (checkpoint, last))
-    if ours.keys() != theirs.keys() or not all(torch.equal(v, theirs[k]) for k, v in ours.items()):
+    same = ours.keys() == theirs.keys() and all(map(torch.is_tensor, theirs.values())) \
+        and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    if not same or last.get("data") != checkpoint.get("data"):
         raise UserError(f"{path} is of a run with other data, or from another checkpoint: start without --resume.")
     saved = load_checkpoint(out, checkpoint["kind"]) if out.exists() else {}
     if (saved.get("run"), saved.get("epoch")) != (last["run"], last["best"]["epoch"]):
@@ -676,10 +686,10 @@ def load_last(out, checkpoint):
 
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
-    both, k = (out, out.with_suffix(".json")), ""
-    while any(path.with_suffix(f".old{k}{path.suffix}").exists() for path in both):
+    k = ""
+    while out.with_suffix(f".old{k}{out.suffix}").exists():
         k = (k or 1) + 1
-    for path in both:
+    for path in (out.with_suffix(".json"), out):  # in this order: cut off between the two, they still come together
         if path.exists():
             os.replace(path, path.with_suffix(f".old{k}{path.suffix}"))
             print(f"{path} of an earlier run is now {path.with_suffix(f'.old{k}{path.suffix}')}.")
@@ -767,6 +777,8 @@ def torch_load(path):
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+        if memory_is_full(error):
+            raise
 
 
 def save_checkpoint(path, checkpoint, before=lambda: None):
@@ -811,12 +823,22 @@ def load_weights(model, state, path):
     """Load a state dict into `model`; one that does not fit is the user's error."""
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError) as error:
+        if memory_is_full(error):
+            raise
         raise UserError(f"The weights in {path} do not fit the network of this version of the project.") from None
     return model
 
 
 def saved_split(checkpoint, person_ids, path):
+def fingerprint(market):
+    """Of names, labels and pixels, for a run to tell whether it resumes on the data it began with: a hex string."""
+    digest = hashlib.sha256(json.dumps(market.names).encode())
+    for tensor in (market.labels, market.images.permute(0, 2, 3, 1)):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
     """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
     train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
     if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
@@ -944,7 +966,8 @@ def new_record(args):
     """What a record says before the first epoch."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "torchvision": str(torchvision.__version__)}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "seconds"}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+             if k not in ("seconds", "resume")}
     return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
             "machine": f"{platform.platform()}, {os.cpu_count()} cores",
             "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
@@ -964,8 +987,8 @@ def run(main):
         code, sentence = 2, " ".join(str(error).splitlines())  # a file's name can hold a newline
     except OSError as error:
         code, sentence = 2, f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
-    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU's allocator say it in different words
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|not enough mem", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
             raise
         code, sentence = 2, "the memory is full: lower --batch or --size, or pass another --device."
     except KeyboardInterrupt as stop:
@@ -986,6 +1009,12 @@ def table(title, header, rows, best=None):
 
     A figure is a number, shown with two decimals, or a text; columns with letters in them stand to the left.
     """
+def memory_is_full(error):
+    """CUDA, MPS and the CPU's allocator say it in different words."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|can't allocate|not enough mem", str(error)))
+
+
     def cell(value, row):
         if isinstance(value, str):
             return " ".join(value.splitlines())

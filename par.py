@@ -170,6 +170,7 @@ def train(args, market, split, crops, state):
     print(f"\n{LOSSES[args.loss]}: {len(pool)} training and {len(validation)} validation crops of "
           f"{len(checkpoint['train_ids'])} and {len(checkpoint['validation_ids'])} identities")
     best = common.fit(model, crops, lambda generator: pool[torch.randperm(len(pool), generator=generator)],
+                  "data": common.fingerprint(market),
                       lambda logits, rows: attribute_loss(logits, labels[rows], args.loss, weights, args.gamma),
                       validate, args, checkpoint, record)
     with common.timed(record["seconds"], "scoring"):
@@ -328,7 +329,8 @@ def main():
     if args.stats:
         return statistics(args)
 
-    state = common.backbone_weights(args.weights)
+    resumes = args.resume and args.loss != "all" and common.last_path(args.out).exists()
+    state = None if resumes else common.backbone_weights(args.weights)
     with common.timed(args.seconds, "loading"):
         market = load_train(args)
         crops = common.place(market.images, device)

@@ -409,6 +409,7 @@ def train(args, initial, market, split, crops, state):
                   "attributes": initial and initial["model"]}
     start = "stage 1" if initial else f"weights {args.weights}"
     print(f"\nFrom {start}: {len(pool)} anchors, negatives from "
+                  "data": common.fingerprint(market),
           + ("anywhere" if args.negatives == "random" else f"{int(clusters.max()) + 1} clusters")
           + f"; {len(validation)} validation crops, each a query")
     best = common.fit(model, crops, plan, lambda features, rows: triplet_loss(*features.float().chunk(3), args.margin),
@@ -703,13 +704,16 @@ def main():
     checkpoint = path and common.load_checkpoint(path, kind)
     device = common.start(args, path, checkpoint, data=not args.gallery)
     if args.gallery or args.show or not args.eval:
+    if args.init and args.init.resolve() in (args.out.resolve(), common.last_path(args.out).resolve()):
+        raise UserError(f"--out {args.out} would replace the checkpoint of --init: give it another name.")
         common.check_output(args.out)
     if args.gallery:
         return (search if args.search else find)(args, checkpoint)
     if args.eval:
         return export(args, checkpoint) if args.embed else evaluate(args, checkpoint)
 
-    state = None if checkpoint and not args.compare else common.backbone_weights(args.weights)
+    resumes = args.resume and not args.compare and common.last_path(args.out).exists()
+    state = None if resumes or checkpoint and not args.compare else common.backbone_weights(args.weights)
     with common.timed(args.seconds, "loading"):
         market = par.load_train(args, labels=False)
         crops = common.place(market.images, device)

@@ -2,6 +2,7 @@
 
     pytest            needs neither network nor data
 """
+import builtins
 import contextlib
 import csv
 import io
@@ -1006,6 +1007,9 @@ def test_a_run_killed_between_its_two_checkpoints_goes_on(market, tmp_path, caps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "save_checkpoint", lambda path, checkpoint, before=lambda: None:
                       dies(path, checkpoint, before))  # dies after last 1, best 1, last 2
+        first, second = (common.load_checkpoint(common.last_path(path), module.__name__)["optimizer"]["state"]
+                         for path in (whole, out))
+        assert all(torch.equal(v, second[k][name]) for k in first for name, v in first[k].items())
         with pytest.raises(Kill):
             run([0.5, 0.6])
     assert common.load_checkpoint(out, "par")["epoch"] == 1
@@ -1063,7 +1067,9 @@ def test_ctrl_c_while_a_checkpoint_is_written_stays_ctrl_c(tmp_path):
 
 @pytest.mark.parametrize("part, value", [
     ("model", {}), ("optimizer", {}), ("generator", 3), ("rng", "x"), ("best", None), ("rows", None), ("spent", {}),
-    ("epoch", 10**9), ("run", None), ("train_ids", torch.arange(3)), ("version", torch.zeros(2))])
+    ("epoch", 10**9), ("run", None), ("train_ids", torch.arange(3)), ("version", torch.zeros(2)), ("data", "another"),
+    ("best", {"epoch": 1, "f1": math.nan, "accuracy": 1}), ("spent", {"training": "x", "validation": 1}),
+    ("optimizer", {"state": {0: {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3), "step": torch.ones(())}}})])
 def test_a_state_that_is_not_whole_is_refused(part, value, market, trained, tmp_path, capsys):
     for name in ("par_best.pt", "par_last.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
@@ -1105,6 +1111,54 @@ def test_both_stages_on_an_accelerator(device, market, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
 def test_graph_plain_steps_and_crops_on_the_host_train_alike_on_cuda(market, tmp_path, monkeypatch):
     monkeypatch.undo()  # in the precision of that device
+
+def test_resuming_needs_neither_the_weights_it_began_with_nor_blames_the_state_for_full_memory(
+        market, tmp_path, capsys, monkeypatch):
+    torch.save(common.resnet18().state_dict(), tmp_path / "w.pth")
+    arguments = ["--data", market, "--epochs", 2, "--batch", 8, "--size", "32x32", "--out", tmp_path / "p_best.pt",
+                 "--weights", tmp_path / "w.pth"]
+    for module in (par, reid):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "write_record", lambda *_: signal.raise_signal(signal.SIGINT))
+            assert call(module, *arguments) == 130
+        (tmp_path / "w.pth").rename(tmp_path / "away.pth")
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: (_ for _ in ()).throw(
+                RuntimeError("CUDA out of memory.")))
+            assert call(module, *arguments, "--resume") == 2
+            check_sentence(capsys, "the memory is full")
+        assert call(module, *arguments, "--resume") == 0 and "Going on after epoch 1" in capsys.readouterr().out
+        (tmp_path / "away.pth").rename(tmp_path / "w.pth")
+        (tmp_path / "p_last.pt").unlink()
+
+
+def test_data_that_changed_are_not_resumed_on(market, tmp_path, capsys):
+    root = copy_of(market, tmp_path)
+    arguments = ["--data", root, "--epochs", 1, "--batch", 8, "--size", "32x32", "--out", tmp_path / "p_best.pt"]
+    assert call(par, *arguments) == 0
+    a_crop(root).unlink()
+    capsys.readouterr()
+    assert call(par, *arguments, "--resume") == 2
+    check_sentence(capsys, "p_last.pt is of a run with other data")
+
+
+def test_a_checkpoint_and_its_record_are_set_aside_together_though_cut_off_between_them(tmp_path, monkeypatch):
+    for end in ("pt", "json"):
+        (tmp_path / f"x.{end}").write_text(end)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(builtins, "print", lambda *_: signal.raise_signal(signal.SIGINT))
+        common.set_aside(tmp_path / "x.pt")
+    assert len(list(tmp_path.glob("x.old*"))) == 1
+    common.set_aside(tmp_path / "x.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.old.json", "x.old.pt"]
+
+
+def test_a_demo_set_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "draw_crop", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert call(par, "--stats") == 130 and not list(tmp_path.iterdir())
+
 
     def losses(out):
         assert call(par, "--data", market, "--epochs", 3, "--batch", 8, "--device", "cuda", "--out", out) == 0
