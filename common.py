@@ -583,8 +583,8 @@ def interruptible(out, epochs):
             signal.signal(signal.SIGINT, note)
         yield noted
     except KeyboardInterrupt:
-        again = "" if last_path(out).exists() else " with --resume"  # what there is would be an earlier run's
-        first = f"stopped in the first epoch of {out}; the same command{again} begins that anew."
+        away = f", once {last_path(out)} of an earlier run is moved away" if last_path(out).exists() else ""
+        first = f"stopped in the first epoch of {out}; the same command with --resume begins that anew{away}."
         later = f"stopped; the same command with --resume goes on after epoch {len(epochs)} of {out}."
         raise KeyboardInterrupt(later if epochs else first) from None
     finally:
@@ -726,7 +726,8 @@ def write_whole(path, write, before=lambda: None):
             raise error from None
         raise UserError(f"{path} cannot be written ({error}).") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def check_output(path, suffixes=(".pt", ".pth")):
@@ -776,9 +777,9 @@ def torch_load(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
         if memory_is_full(error):
             raise
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
 def save_checkpoint(path, checkpoint, before=lambda: None):
@@ -830,7 +831,6 @@ def load_weights(model, state, path):
     return model
 
 
-def saved_split(checkpoint, person_ids, path):
 def fingerprint(market):
     """Of names, labels and pixels, for a run to tell whether it resumes on the data it began with: a hex string."""
     digest = hashlib.sha256(json.dumps(market.names).encode())
@@ -839,6 +839,7 @@ def fingerprint(market):
     return digest.hexdigest()
 
 
+def saved_split(checkpoint, person_ids, path):
     """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
     train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
     if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
@@ -932,8 +933,11 @@ def start(args, path=None, checkpoint=None, data=True):
                 print(f"Drawing the demo set into ./{args.data} ...", flush=True)
                 partial = args.data.with_suffix(".tmp")
                 shutil.rmtree(partial, ignore_errors=True)
-                draw_market(partial, 100, 6, seed=0)
-                os.replace(partial, args.data)
+                try:
+                    draw_market(partial, 100, 6, seed=0)
+                    os.replace(partial, args.data)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     elif not args.data.is_dir():
         raise UserError(f"--data {args.data} " + ("is not a folder." if args.data.exists() else "does not exist."))
     args.demo = (args.data / DRAWN).is_file()
@@ -977,12 +981,16 @@ def new_record(args):
 def run(main):
     """Run a script's main(); the one place where errors become sentences and exit codes."""
     script = Path(sys.argv[0]).name
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it is while a script imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
         return main()
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as of a program that a closed pipe ends
     except UserError as error:
         code, sentence = 2, " ".join(str(error).splitlines())  # a file's name can hold a newline
     except OSError as error:
@@ -992,10 +1000,19 @@ def run(main):
             raise
         code, sentence = 2, "the memory is full: lower --batch or --size, or pass another --device."
     except KeyboardInterrupt as stop:
-        code, sentence = 130, str(stop) or "stopped."
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes no time
+        goes_on = "." if {"--eval", "--stats"} & set(sys.argv) else \
+            "; the same command with --resume goes on after the last whole epoch."
+        code, sentence = 130, str(stop) or "stopped" + goes_on
     progress("")
     print(f"{script}: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def memory_is_full(error):
+    """CUDA, MPS and the CPU's allocator say it in different words."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|can't allocate|not enough mem", str(error)))
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
@@ -1009,12 +1026,6 @@ def table(title, header, rows, best=None):
 
     A figure is a number, shown with two decimals, or a text; columns with letters in them stand to the left.
     """
-def memory_is_full(error):
-    """CUDA, MPS and the CPU's allocator say it in different words."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
-        re.search("out of memory|can't allocate|not enough mem", str(error)))
-
-
     def cell(value, row):
         if isinstance(value, str):
             return " ".join(value.splitlines())

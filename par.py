@@ -13,8 +13,12 @@ Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
 import csv
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds that PyTorch's import takes: no traceback
 
 import numpy as np
 import torch
@@ -166,11 +170,11 @@ def train(args, market, split, crops, state):
 
     record = common.new_record(args) | {"images": {"train": len(pool), "validation": len(validation)}}
     checkpoint = {"kind": "par", "args": record["arguments"], "versions": record["versions"],
+                  "data": common.fingerprint(market),
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique()}
     print(f"\n{LOSSES[args.loss]}: {len(pool)} training and {len(validation)} validation crops of "
           f"{len(checkpoint['train_ids'])} and {len(checkpoint['validation_ids'])} identities")
     best = common.fit(model, crops, lambda generator: pool[torch.randperm(len(pool), generator=generator)],
-                  "data": common.fingerprint(market),
                       lambda logits, rows: attribute_loss(logits, labels[rows], args.loss, weights, args.gamma),
                       validate, args, checkpoint, record)
     with common.timed(record["seconds"], "scoring"):

@@ -13,8 +13,12 @@
 Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds that PyTorch's import takes: no traceback
 
 import numpy as np
 import torch
@@ -405,11 +409,11 @@ def train(args, initial, market, split, crops, state):
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
 
     checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
+                  "data": common.fingerprint(market),
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique(),
                   "attributes": initial and initial["model"]}
     start = "stage 1" if initial else f"weights {args.weights}"
     print(f"\nFrom {start}: {len(pool)} anchors, negatives from "
-                  "data": common.fingerprint(market),
           + ("anywhere" if args.negatives == "random" else f"{int(clusters.max()) + 1} clusters")
           + f"; {len(validation)} validation crops, each a query")
     best = common.fit(model, crops, plan, lambda features, rows: triplet_loss(*features.float().chunk(3), args.margin),
@@ -700,12 +704,12 @@ def main():
         raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search.")
     if args.gallery and (args.threshold != "mean" or args.hamming is not None):
         raise UserError("--threshold and --hamming are for scoring; for --search, --precision says how strict to be.")
+    if args.init and args.init.resolve() in (args.out.resolve(), common.last_path(args.out).resolve()):
+        raise UserError(f"--out {args.out} would replace the checkpoint of --init: give it another name.")
     path, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = path and common.load_checkpoint(path, kind)
     device = common.start(args, path, checkpoint, data=not args.gallery)
     if args.gallery or args.show or not args.eval:
-    if args.init and args.init.resolve() in (args.out.resolve(), common.last_path(args.out).resolve()):
-        raise UserError(f"--out {args.out} would replace the checkpoint of --init: give it another name.")
         common.check_output(args.out)
     if args.gallery:
         return (search if args.search else find)(args, checkpoint)

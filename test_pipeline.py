@@ -44,6 +44,7 @@ def call(module, *arguments):
         return end.code
     finally:
         sys.argv = before
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 
@@ -632,8 +633,6 @@ def test_what_cannot_be_read_is_named_once_and_the_rest_is_done(trained, tmp_pat
     (folder / "text.jpg").write_text("no image")
     (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:3000])
     readable = ["large.png", "fine.webp"]
-    if os.name != "nt":
-        (folder / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "closed").mkdir()
     scan = os.scandir
 
@@ -642,6 +641,8 @@ def test_what_cannot_be_read_is_named_once_and_the_rest_is_done(trained, tmp_pat
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
     monkeypatch.setattr(os, "scandir", closed)
+    if os.name != "nt":
+        (folder / "loop").symlink_to(folder, target_is_directory=True)
         (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
         Image.new("RGB", (20, 40)).save(folder / "two\nlines \u00e4.png")
         readable.append("two\nlines \u00e4.png")
@@ -913,7 +914,6 @@ def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weigh
             patch.setattr(owner, name, called)
             patch.setattr(torch.optim.AdamW, "step", stepped)
             assert call(module, *arguments, out, *more) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return len(steps), capsys.readouterr().err
 
     assert call(module, *arguments, tmp_path / "whole_best.pt") == 0
@@ -924,7 +924,7 @@ def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weigh
         2, f"{script}: stopped in the first epoch of {out}; the same command with --resume begins that anew.\n")
     assert not list(tmp_path.glob("cut*"))
     (tmp_path / "cut_last.pt").write_text("an earlier run's")
-    assert "; the same command begins that anew." in interrupted(*loss, 2)[1]
+    assert f"begins that anew, once {tmp_path / 'cut_last.pt'} of an earlier run is moved" in interrupted(*loss, 2)[1]
     (tmp_path / "cut_last.pt").unlink()
     goes_on = f"{script}: stopped; the same command with --resume goes on after epoch 2 of {out}.\n"
     # While epoch 2 is written: it is kept. In epoch 3: the step is finished; at the second Ctrl-C it is not.
@@ -946,10 +946,35 @@ def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weigh
     before = out.read_bytes()
     assert call(module, *arguments, out, "--resume") == 0  # it has ended: nothing is trained again
     assert "epoch  3/3" not in capsys.readouterr().out and out.read_bytes() == before
-    with pytest.MonkeyPatch.context() as patch:  # and where nothing is trained
+    with pytest.MonkeyPatch.context() as patch:  # when all is trained, and where nothing is
+        patch.setattr(common, "curves", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert call(module, *arguments, out, "--resume") == 130
+        assert "; the same command with --resume goes on after the last whole epoch." in capsys.readouterr().err
         patch.setattr(common, "load_market", lambda *_: signal.raise_signal(signal.SIGINT))
         assert call(module, "--data", market, "--eval", out) == 130
-    assert capsys.readouterr().err == f"{script}: stopped.\n"
+        assert capsys.readouterr().err == f"{script}: stopped.\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+def test_ctrl_c_while_pytorch_is_imported_leaves_no_traceback():
+    """-X importtime says when: the scripts' first import is argparse."""
+    with subprocess.Popen([sys.executable, "-X", "importtime", HERE / "reid.py", "--stop"], stderr=subprocess.PIPE,
+                          text=True) as process:
+        while "numpy" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read() and process.wait() == -signal.SIGINT
+
+
+def test_output_that_nobody_reads_ends_a_run_as_it_ends_any_program(tmp_path, monkeypatch, capsys):
+    def main():
+        raise BrokenPipeError
+    with open(tmp_path / "out", "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert call(SimpleNamespace(main=main, __name__="x")) == 141
+        patch.setattr(sys, "stdout", None)  # closed from the start: python par.py --stats >&-
+        assert call(SimpleNamespace(main=lambda: print("to nobody"), __name__="x")) == 0
+    assert capsys.readouterr().err == ""
 
 
 KILLS = int(os.environ.get("KILLS", "1"))
@@ -982,6 +1007,9 @@ def test_a_killed_run_resumes_to_the_same_bits(module, market, tmp_path):
         rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
                 for row in record["epochs"] + ours["epochs"]]
         assert rows[:3] == rows[3:] and record["final"] == ours["final"]
+        first, second = (common.load_checkpoint(common.last_path(path), module.__name__)["optimizer"]["state"]
+                         for path in (whole, out))
+        assert all(torch.equal(v, second[k][name]) for k in first for name, v in first[k].items())
 
 
 def test_a_run_killed_between_its_two_checkpoints_goes_on(market, tmp_path, capsys):
@@ -1007,9 +1035,6 @@ def test_a_run_killed_between_its_two_checkpoints_goes_on(market, tmp_path, caps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "save_checkpoint", lambda path, checkpoint, before=lambda: None:
                       dies(path, checkpoint, before))  # dies after last 1, best 1, last 2
-        first, second = (common.load_checkpoint(common.last_path(path), module.__name__)["optimizer"]["state"]
-                         for path in (whole, out))
-        assert all(torch.equal(v, second[k][name]) for k in first for name, v in first[k].items())
         with pytest.raises(Kill):
             run([0.5, 0.6])
     assert common.load_checkpoint(out, "par")["epoch"] == 1
@@ -1087,31 +1112,6 @@ def test_a_state_that_is_not_whole_is_refused(part, value, market, trained, tmp_
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
 
 
-def test_stage_1_learns_drawn_people(tmp_path, capsys):
-    """Clothes' lengths and colours are plain to see: a few steps must beat always naming the commonest class."""
-    common.draw_market(tmp_path, 60, 4, seed=3)
-    assert call(par, "--data", tmp_path, "--epochs", 7, "--batch", 16, "--lr", "1e-3", "--size", "64x32",
-                "--out", tmp_path / "p.pt") == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("Upcolor", "Global"))]
-    rows = {line[0]: [float(v) for v in line[1:]] for line in lines}
-    assert rows["Global"][2] > rows["Global"][3] + 5 and rows["Upcolor"][2] > rows["Upcolor"][3] + 20
-
-
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_both_stages_on_an_accelerator(device, market, tmp_path, monkeypatch):
-    if not (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()):
-        pytest.skip(f"needs a {device} device")
-    monkeypatch.undo()  # in the precision of that device
-    assert call(par, "--data", market, "--epochs", 1, "--batch", 8, "--device", device, "--out", tmp_path / "p.pt") == 0
-    assert call(reid, "--data", market, "--epochs", 1, "--batch", 8, "--device", device, "--init", tmp_path / "p.pt",
-                "--out", tmp_path / "r.pt") == 0
-    assert call(reid, "--data", market, "--device", device, "--eval", tmp_path / "r.pt") == 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
-def test_graph_plain_steps_and_crops_on_the_host_train_alike_on_cuda(market, tmp_path, monkeypatch):
-    monkeypatch.undo()  # in the precision of that device
-
 def test_resuming_needs_neither_the_weights_it_began_with_nor_blames_the_state_for_full_memory(
         market, tmp_path, capsys, monkeypatch):
     torch.save(common.resnet18().state_dict(), tmp_path / "w.pth")
@@ -1159,6 +1159,31 @@ def test_a_demo_set_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "draw_crop", lambda *_: signal.raise_signal(signal.SIGINT))
     assert call(par, "--stats") == 130 and not list(tmp_path.iterdir())
 
+
+def test_stage_1_learns_drawn_people(tmp_path, capsys):
+    """Clothes' lengths and colours are plain to see: a few steps must beat always naming the commonest class."""
+    common.draw_market(tmp_path, 60, 4, seed=3)
+    assert call(par, "--data", tmp_path, "--epochs", 7, "--batch", 16, "--lr", "1e-3", "--size", "64x32",
+                "--out", tmp_path / "p.pt") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("Upcolor", "Global"))]
+    rows = {line[0]: [float(v) for v in line[1:]] for line in lines}
+    assert rows["Global"][2] > rows["Global"][3] + 5 and rows["Upcolor"][2] > rows["Upcolor"][3] + 20
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_both_stages_on_an_accelerator(device, market, tmp_path, monkeypatch):
+    if not (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()):
+        pytest.skip(f"needs a {device} device")
+    monkeypatch.undo()  # in the precision of that device
+    assert call(par, "--data", market, "--epochs", 1, "--batch", 8, "--device", device, "--out", tmp_path / "p.pt") == 0
+    assert call(reid, "--data", market, "--epochs", 1, "--batch", 8, "--device", device, "--init", tmp_path / "p.pt",
+                "--out", tmp_path / "r.pt") == 0
+    assert call(reid, "--data", market, "--device", device, "--eval", tmp_path / "r.pt") == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
+def test_graph_plain_steps_and_crops_on_the_host_train_alike_on_cuda(market, tmp_path, monkeypatch):
+    monkeypatch.undo()  # in the precision of that device
 
     def losses(out):
         assert call(par, "--data", market, "--epochs", 3, "--batch", 8, "--device", "cuda", "--out", out) == 0
@@ -1283,6 +1308,13 @@ BROKEN_DATA = {
     "annotations that are a folder": (lambda r: [(r / "annotations_train.csv").unlink(),
                                                  (r / "annotations_train.csv").mkdir()] and (r / "x.csv").touch(),
         "has no annotations"),
+    "a value too many": (lambda r: (r / "annotations_train.csv").write_text(
+        (r / "annotations_train.csv").read_text().replace("\n1,", "\n1,1,")), "the row that begins with '1' has more"),
+    "two columns of a name": (lambda r: (r / "annotations_train.csv").write_text(
+        (r / "annotations_train.csv").read_text().replace("\n", ",1\n").replace(",1\n", ",age\n", 1)),
+        "has two columns 'age'"),
+    "a quote that does not end": (lambda r: (r / "annotations_train.csv").write_text(
+        (r / "annotations_train.csv").read_text().replace("\n2,", '\n"2,')), "holds '2,"),
     "a table without rows": (lambda r: (r / "annotations_train.csv").write_text("id,age\n"), "has no column 'gender'"),
     "a table that ends early": (lambda r: edit_csv(r, lambda rows: rows[:5]), "lack identity 0006"),
     "identities that are none": (lambda r: edit_csv(r, lambda rows: rows[3].update(id="x4")), "column 'id' holds 'x4'"),
@@ -1362,13 +1394,6 @@ BROKEN_ARGUMENTS = {
     "a negative rate": (par, lambda t, f: ["--lr=-1e-3"], "-1e-3 is not above 0"),
     "a rate that is no number": (reid, lambda t, f: ["--lr", "nan"], "nan is not above 0"),
     "a warm-up over 1": (reid, lambda t, f: ["--warmup", 1.5], "1.5 is not at least 0 and at most 1"),
-    "a value too many": (lambda r: (r / "annotations_train.csv").write_text(
-        (r / "annotations_train.csv").read_text().replace("\n1,", "\n1,1,")), "the row that begins with '1' has more"),
-    "two columns of a name": (lambda r: (r / "annotations_train.csv").write_text(
-        (r / "annotations_train.csv").read_text().replace("\n", ",1\n").replace(",1\n", ",age\n", 1)),
-        "has two columns 'age'"),
-    "a quote that does not end": (lambda r: (r / "annotations_train.csv").write_text(
-        (r / "annotations_train.csv").read_text().replace("\n2,", '\n"2,')), "holds '2,"),
     "a negative margin": (reid, lambda t, f: ["--margin=-1"], "-1 is not at least 0"),
     "a Hamming distance of 13": (reid, lambda t, f: ["--hamming", 13], "13 is not at least 0 and at most 12"),
     "a threshold that is none": (reid, lambda t, f: ["--threshold", "far"], "far is neither"),
@@ -1433,6 +1458,23 @@ BROKEN_ARGUMENTS = {
         "is not a whole checkpoint"),
     "a checkpoint of absurd dimensions": (reid, lambda t, f: ["--eval", changed(
         f, t, "reid", args={"size": (128, 64), "dim": 10**9})], "is not a whole checkpoint"),
+    "a checkpoint of dimensions that are no number": (reid, lambda t, f: ["--eval", changed(
+        f, t, "reid", args={"size": (128, 64), "dim": True})], "is not a whole checkpoint"),
+    "a checkpoint whose size is no whole number": (par, lambda t, f: ["--eval", changed(
+        f, t, "par", args={"size": (128, 64.0)})], "is not a whole checkpoint"),
+    "a checkpoint of nobody": (par, lambda t, f: ["--eval", changed(
+        f, t, "par", validation_ids=torch.zeros(0, dtype=torch.int64))], "is not a whole checkpoint"),
+    "a checkpoint that fills all memory": (par, lambda t, f: ["--eval", changed(
+        f, t, "par", train_ids=torch.zeros(1, dtype=torch.int64).expand(10**10))], "is not a whole checkpoint"),
+    "a checkpoint whose distances are NaN": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances={
+        "edges": torch.tensor([0, math.nan]), "matches": torch.ones(1), "others": torch.ones(1)})],
+        "is not a whole checkpoint"),
+    "a checkpoint whose distances are none": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances={
+        "edges": torch.arange(3), "matches": torch.zeros(2), "others": torch.ones(2)})], "is not a whole checkpoint"),
+    "a checkpoint whose stage 1 is a tensor": (reid, lambda t, f: ["--eval", changed(
+        f, t, "reid", attributes=torch.zeros(3))], "is not a whole checkpoint"),
+    "an output over the checkpoint it starts from": (reid, lambda t, f: [
+        "--init", f / "par_best.pt", "--out", f / "par_best.pt"], "would replace the checkpoint of --init"),
     "a checkpoint without distances": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances=None)],
         "is not a whole checkpoint"),
     "weights of another network": (par, lambda t, f: ["--eval", changed(f, t, "par", model={"x": torch.zeros(3)})],
@@ -1512,23 +1554,6 @@ def test_mutated_files_end_in_a_sentence_or_in_work(kind, market, trained, tmp_p
 
 
 def test_a_checkpoint_of_other_identities_is_refused(trained, tmp_path, capsys):
-    "a checkpoint of dimensions that are no number": (reid, lambda t, f: ["--eval", changed(
-        f, t, "reid", args={"size": (128, 64), "dim": True})], "is not a whole checkpoint"),
-    "a checkpoint whose size is no whole number": (par, lambda t, f: ["--eval", changed(
-        f, t, "par", args={"size": (128, 64.0)})], "is not a whole checkpoint"),
-    "a checkpoint of nobody": (par, lambda t, f: ["--eval", changed(
-        f, t, "par", validation_ids=torch.zeros(0, dtype=torch.int64))], "is not a whole checkpoint"),
-    "a checkpoint that fills all memory": (par, lambda t, f: ["--eval", changed(
-        f, t, "par", train_ids=torch.zeros(1, dtype=torch.int64).expand(10**10))], "is not a whole checkpoint"),
-    "a checkpoint whose distances are NaN": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances={
-        "edges": torch.tensor([0, math.nan]), "matches": torch.ones(1), "others": torch.ones(1)})],
-        "is not a whole checkpoint"),
-    "a checkpoint whose distances are none": (reid, lambda t, f: ["--eval", changed(f, t, "reid", distances={
-        "edges": torch.arange(3), "matches": torch.zeros(2), "others": torch.ones(2)})], "is not a whole checkpoint"),
-    "a checkpoint whose stage 1 is a tensor": (reid, lambda t, f: ["--eval", changed(
-        f, t, "reid", attributes=torch.zeros(3))], "is not a whole checkpoint"),
-    "an output over the checkpoint it starts from": (reid, lambda t, f: [
-        "--init", f / "par_best.pt", "--out", f / "par_best.pt"], "would replace the checkpoint of --init"),
     common.draw_market(tmp_path, 12, 2, seed=0)
     for module, flag, name in ((reid, "--init", "par_best.pt"), (par, "--eval", "par_best.pt"),
                                (reid, "--eval", "reid_best.pt")):
