@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -75,6 +76,14 @@ class Market:
     camera_ids: torch.Tensor  # int64 [N]
     labels: torch.Tensor  # int64 [N, 12], class of each attribute; -1 where there is no annotation
     names: list[str]  # N file names
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Of names, labels and pixels, for a run to tell whether it resumes on what it began with: a hex string."""
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        for tensor in (self.labels, self.images.permute(0, 2, 3, 1)):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
 
 
 def load_market(root, part, size=(128, 64)):
@@ -172,7 +181,7 @@ def read_user_images(paths, size):
         raise UserError(" ".join(empty))
     for sentence in empty:
         print(f"Skipped: {sentence}", file=sys.stderr)
-    read, crops = [], torch.empty(len(files), 3, *size, dtype=torch.uint8)
+    read, pixels = [], bytearray()  # that grows in place: a list of crops, to be stacked, would take its memory twice
 
     def decode(path):
         try:
@@ -185,14 +194,14 @@ def read_user_images(paths, size):
             if isinstance(crop, UserError):
                 print("Skipped:", *str(crop).splitlines(), file=sys.stderr)
             else:
-                crops[len(read)] = crop
                 read.append(path)
+                pixels += crop.numpy().tobytes()
     progress("")
     if 0 < len(read) < len(files):
         print(f"{len(files) - len(read)} of {len(files)} files were skipped.", file=sys.stderr)
     if not read:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
-    return read, crops[:len(read)]
+    return read, torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, *size)
 
 
 def read_annotations(root, half):
@@ -831,14 +840,6 @@ def load_weights(model, state, path):
     return model
 
 
-def fingerprint(market):
-    """Of names, labels and pixels, for a run to tell whether it resumes on the data it began with: a hex string."""
-    digest = hashlib.sha256(json.dumps(market.names).encode())
-    for tensor in (market.labels, market.images.permute(0, 2, 3, 1)):
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
-
-
 def saved_split(checkpoint, person_ids, path):
     """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
     train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
@@ -1001,7 +1002,7 @@ def run(main):
         code, sentence = 2, "the memory is full: lower --batch or --size, or pass another --device."
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes no time
-        goes_on = "." if {"--eval", "--stats"} & set(sys.argv) else \
+        goes_on = "." if any(word.startswith(("--eval", "--stats")) for word in sys.argv) else \
             "; the same command with --resume goes on after the last whole epoch."
         code, sentence = 130, str(stop) or "stopped" + goes_on
     progress("")

@@ -170,7 +170,7 @@ def train(args, market, split, crops, state):
 
     record = common.new_record(args) | {"images": {"train": len(pool), "validation": len(validation)}}
     checkpoint = {"kind": "par", "args": record["arguments"], "versions": record["versions"],
-                  "data": common.fingerprint(market),
+                  "data": market.fingerprint,
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique()}
     print(f"\n{LOSSES[args.loss]}: {len(pool)} training and {len(validation)} validation crops of "
           f"{len(checkpoint['train_ids'])} and {len(checkpoint['validation_ids'])} identities")

@@ -200,7 +200,7 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     if keep is not None:
         part &= keep.bool()
         match &= part
-    ranked = distances.masked_fill(~part, torch.inf).clamp_(min=torch.finfo(distances.dtype).min)  # nothing is below it
+    ranked = distances.masked_fill(~part, torch.inf)
     rows, columns = match.nonzero(as_tuple=True)
     found = match.sum(1)
     place = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]
@@ -215,6 +215,7 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     cells += torch.arange(0, bins * len(ends), bins, dtype=torch.int32, device=rows.device)[:, None]
     counts = torch.bincount(cells.flatten(), minlength=bins * len(ends)).view(-1, bins).cumsum(1)
     before, up_to = (counts.gather(1, torch.searchsorted(ends, v)) for v in (below, values))
+    before = before.masked_fill(values == -torch.inf, 0)  # there is no float below it
     tied = ((up_to - before)[rows, place] > 1).nonzero()[:, 0]
     index = torch.arange(ranked.shape[1], device=rows.device)
     for t in tied.split(chunk_rows(ranked.shape[1])):
@@ -409,7 +410,7 @@ def train(args, initial, market, split, crops, state):
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": report["mAP"]}
 
     checkpoint = {"kind": "reid", "args": record["arguments"], "versions": record["versions"],
-                  "data": common.fingerprint(market),
+                  "data": market.fingerprint,
                   "train_ids": market.person_ids[chosen].unique(), "validation_ids": market.person_ids[held].unique(),
                   "attributes": initial and initial["model"]}
     start = "stage 1" if initial else f"weights {args.weights}"
