@@ -2,29 +2,27 @@
 """What par.py and reid.py share: Market-1501 and its drawn stand-in, augmentation, ResNet18, the training loop.
 
 Data flows one way. Every crop is decoded once into one uint8 tensor that stays on the device; an index tensor says what
-each step trains on (one row per image for attributes, three for a triplet); a step gathers those rows, flips and
-rotates them in one batch, and runs one forward and one backward pass. `fit` is the only training loop of the project.
+a step trains on: it gathers those rows, flips and rotates them in one batch, and runs one forward and backward pass.
+`fit` is the only training loop of the project.
 
 [report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
 """
 import argparse
 import contextlib
-import csv
+import copy
 import ctypes
-import functools
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import re
 import shutil
-import signal
 import socket
 import sys
-import threading
+import tempfile
 import time
-import urllib.request
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
@@ -56,8 +55,10 @@ ATTRIBUTES = {
     "upcolor": ("black", "white", "red", "purple", "yellow", "gray", "blue", "green", "multi"),
     "downcolor": ("black", "white", "pink", "purple", "yellow", "gray", "blue", "green", "brown", "multi"),
 }
-IGNORED = ("thumbs.db", "desktop.ini")  # a system's own files
+SIZES = [len(classes) for classes in ATTRIBUTES.values()]  # 41 classes in all
+FLAGS = {"upcolor": "up", "downcolor": "down"}  # annotated by a flag a colour, in columns upblack, upwhite and so on
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+IGNORED = ("thumbs.db", "desktop.ini")  # a system's own files
 
 
 class UserError(ValueError):
@@ -77,7 +78,6 @@ class Market:
     labels: torch.Tensor  # int64 [N, 12], class of each attribute; -1 where there is no annotation
     names: list[str]  # N file names
 
-    @functools.cached_property
     def fingerprint(self):
         """Of names, labels and pixels, for a run to tell whether it resumes on what it began with: a hex string."""
         digest = hashlib.sha256(json.dumps(self.names).encode())
@@ -86,191 +86,142 @@ class Market:
         return digest.hexdigest()
 
 
-def load_market(root, part, size=(128, 64)):
+def load_market(root, part, size=(128, 64), annotated=True):
     """Read `part` ("train", "query" or "gallery") of the data set in folder `root` into memory.
 
-    size: (height, width); crops of another size are resized, with antialiasing. Annotations are read by column name
-    from annotations_{train,test}.csv or else from market_attribute.mat (SciPy needed); a part without them has labels
-    of -1. Raises UserError, naming the file, for whatever is missing, unreadable or out of range.
+    size: (height, width); crops of another size are resized, with antialiasing. annotated: whether labels are wanted;
+    else, and where there are no annotations, they are -1. UserError names the file that is missing or unreadable.
     """
-    root, folder = Path(root), Path(root) / PARTS[part]
-    if not folder.is_dir():
-        raise UserError(f"{root} has no folder {PARTS[part]}: --data takes the folder that holds "
-                        f"{', '.join(PARTS.values())}.")
-    names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in IGNORED)
+    folder = Path(root) / PARTS[part]
+    names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in IGNORED) if folder.is_dir() else []
     if not names:
-        raise UserError(f"{folder} holds no crops.")
+        raise UserError(f"There are no crops in {folder}: --data takes the folder that holds {PARTS[part]}.")
     parsed = [re.match(r"(-1|\d{1,9})_c(\d{1,9}).*\.jpe?g$", n, re.IGNORECASE) for n in names]
     if None in parsed:
         raise UserError(f"{folder / names[parsed.index(None)]} is not named like a crop of Market-1501 "
                         "(0002_c1s1_000451_03.jpg: identity 2, camera 1): rename it or move it out of the folder.")
     ids, cameras = ([int(m[k]) for m in parsed] for k in (1, 2))
-    known, table = read_annotations(root, "train" if part == "train" else "test")
-    row = {i: k for k, i in enumerate(known.tolist())}
-    missing = [i for i in ids if i > 0 and i not in row]
-    if row and missing:
+    known = read_annotations(Path(root), "train" if part == "train" else "test") if annotated else {}
+    missing = [i for i in ids if i > 0 and i not in known]
+    if known and missing:
         raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
-    table = torch.cat([table, torch.full((1, len(ATTRIBUTES)), -1)])  # row -1: not annotated
-    labels = table[[row.get(i, -1) for i in ids]]
-    return Market(read_crops([folder / n for n in names], size), *map(torch.tensor, (ids, cameras)), labels, names)
+    labels = [known.get(i, [-1] * len(ATTRIBUTES)) for i in ids]
+    return Market(read_crops([folder / n for n in names], size), *map(torch.tensor, (ids, cameras, labels)), names)
+
+
+def read_annotations(root, half):
+    """Annotations of a half ("train" or "test"): dict of identity -> list of 12 classes; empty where there are none.
+
+    Two formats, both coded from 1: the course's CSV, and the authors' market_attribute.mat, whose two halves hold their
+    fields in different orders. Both are read by name.
+    """
+    source = root / f"annotations_{half}.csv"
+    source = source if source.is_file() else root / "market_attribute.mat"
+    if not source.is_file():
+        return {}
+    try:
+        if source.suffix == ".csv":
+            text = source.read_text("utf-8-sig").replace('"', "").replace(";", ",")
+            lines = [line.rstrip(" ,\t") for line in text.splitlines()] or ["nothing"]
+            table = np.genfromtxt(lines, delimiter=",", names=True, ndmin=1)
+            columns = {name: table[name] for name in table.dtype.names or ()}
+        else:
+            from scipy.io import loadmat
+            table = vars(getattr(loadmat(source, squeeze_me=True, struct_as_record=False)["market_attribute"], half))
+            columns = {k: np.atleast_1d(v).astype(float) for k, v in table.items() if k != "_fieldnames"}
+            columns["id"] = columns.pop("image_index")
+            np.stack(list(columns.values()))  # all of one length
+    except ImportError:
+        raise UserError(f"{source} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
+    except Exception as error:  # NumPy and SciPy raise a dozen types on a damaged file
+        raise UserError(f"{source} cannot be read as annotations ({type(error).__name__}: {error}).") from None
+
+    def column(name, highest):
+        if name not in columns or f"{name}_1" in columns:  # NumPy's name for the second of two
+            raise UserError(f"{source} does not have one column '{name}'.")
+        fits = (columns[name] >= 1) & (columns[name] <= highest) & (columns[name] == np.floor(columns[name]))
+        if not fits.all():
+            person, value = (columns[k][fits.argmin()] for k in ("id", name))
+            raise UserError(f"{source}: '{name}' of identity {person:g} is {value:g}, not one of 1 to {highest}.")
+        return columns[name].astype(int)
+
+    ids, codes = column("id", 10**9).tolist(), []
+    for attribute, classes in ATTRIBUTES.items():
+        if attribute in FLAGS:
+            flags = np.stack([column(FLAGS[attribute] + name, 2) for name in classes[:-1]]) == 2
+            codes.append(np.where(flags.sum(0) == 1, flags.argmax(0), len(classes) - 1))
+        else:
+            codes.append(column(attribute, len(classes)) - 1)
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{source} names an identity twice.")
+    return dict(zip(ids, np.stack(codes, 1).tolist()))
 
 
 def read_crops(paths, size):
-    """Decode JPEG files in threads, 512 to a call, where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
+    """Decode JPEG files in threads, up to 512 a call, where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
+    count = max(1, 2**22 // max(2**13, *(path.stat().st_size for path in paths)))  # memory: large ones, few a call
 
     def read(start):
-        batch = paths[start:start + 512]
+        batch = paths[start:start + count]
         try:
-            files = [np.fromfile(p, np.uint8) for p in batch]
-            if any(len(file) > 2**17 for file in files):
-                raise RuntimeError("no crop of a person")  # one at a time then, and Pillow has a limit
-            decoded = torchvision.io.decode_jpeg([torch.from_numpy(file) for file in files],
-                                                 torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
+            files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in batch]
+            decoded = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
         except (RuntimeError, OSError, AttributeError):
-            # Pillow is slower, reads more, and says which file it is. (torchvision 0.29 announces that its decoder
-            # will go one day: that is the AttributeError.)
-            decoded = [resize(read_image(p), list(size), antialias=True) for p in batch]
-        here = crops[start:start + len(batch)]
-        if all(crop.shape[1:] == tuple(size) for crop in decoded):
-            torch.stack(decoded, out=here)
-        else:
-            for i, crop in enumerate(decoded):
-                here[i] = resize(crop, list(size), antialias=True)
+            decoded = map(read_image, batch)  # slower, but reads more, says what is wrong where, and is there to stay
+        for i, crop in enumerate(decoded, start):
+            crops[i] = crop if crop.shape[1:] == size else resize(crop, list(size), antialias=True)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(0, len(paths), 512)))
+        list(pool.map(read, range(0, len(paths), count)))
     return crops
 
 
 def read_image(path):
-    """Read an image of any format and mode that Pillow knows: uint8 [3, h, w], upright, transparency laid on white."""
+    """Read an image of any format that Pillow knows: uint8 [3, h, w], upright, transparency laid on white."""
     try:
         with Image.open(path) as image:
+            if image.info.get("Software") == SOFTWARE or image.mode[0] in "IF":
+                raise ValueError("drawn by these scripts" if "Software" in image.info else "more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would cut off at 255
-                values = np.nan_to_num(np.asarray(image, np.float64))
-                white = 65535 if image.mode.startswith("I;16") else max(255, values.max())
-                white = 1 if image.mode == "F" and values.max() <= 1 else white
-                image = Image.fromarray((values.clip(0, white) * (255 / white)).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} is too large an image to be a crop of a person.") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
         raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
 
 
 def read_user_images(paths, size):
-    """Read the user's own images, and all files in folders and their subfolders: -> (paths, uint8 [N, 3, H, W]).
+    """Read the user's own images, and all files in folders and their subfolders: -> Market of unknown people.
 
     What cannot be read is named on stderr and left out; UserError if nothing is left.
     """
-    files, empty = [], []
-    for path in map(Path, paths):
-        before, walk = len(empty), os.walk(path, onerror=lambda error: empty.append(
-            f"{error.filename} cannot be read ({error.strerror})."))
-        inside = (Path(folder, name) for folder, _, names in walk for name in names) if path.is_dir() else [path]
-        found = sorted(p for p in inside if p.is_file() and p.name.lower() not in IGNORED
-                       and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        if not found and len(empty) == before:
-            empty.append(f"{path} holds no files." if path.exists() else f"{path} does not exist.")
-        files += found
-    if not files:
-        raise UserError(" ".join(empty))
-    for sentence in empty:
-        print(f"Skipped: {sentence}", file=sys.stderr)
-    read, pixels = [], bytearray()  # that grows in place: a list of crops, to be stacked, would take its memory twice
+    def skip(error):
+        text = str(error) if isinstance(error, UserError) else f"{error.filename} cannot be read ({error.strerror})."
+        print("Skipped:", *text.splitlines(), file=sys.stderr)  # a file's name can hold a newline
 
-    def decode(path):
+    def read(path):
         try:
             return resize(read_image(path), list(size), antialias=True)
         except UserError as error:
-            return error
+            skip(error)
+
+    files, names, pixels = [], [], bytearray()  # that grows in place: a list, to be stacked, would take memory twice
+    for path in map(Path, paths):
+        walk = [] if path.is_file() else os.walk(path, onerror=skip)
+        inside = sorted(Path(folder, name) for folder, _, found in walk for name in found)
+        files += [path] if path.is_file() else [p for p in inside if p.name.lower() not in IGNORED and not any(
+            part[0] == "." for part in p.relative_to(path).parts)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for k, (path, crop) in enumerate(zip(files, pool.map(decode, files)), 1):
-            progress(f"reading {k} of {len(files)}")
-            if isinstance(crop, UserError):
-                print("Skipped:", *str(crop).splitlines(), file=sys.stderr)
-            else:
-                read.append(path)
+        for k, (path, crop) in enumerate(zip(files, pool.map(read, files)), 1):
+            progress(f"reading {k} of {len(files)}" * (k < len(files)))
+            if crop is not None:
+                names.append(str(path))
                 pixels += crop.numpy().tobytes()
-    progress("")
-    if 0 < len(read) < len(files):
-        print(f"{len(files) - len(read)} of {len(files)} files were skipped.", file=sys.stderr)
-    if not read:
+    if not names:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
-    return read, torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, *size)
-
-
-def read_annotations(root, half):
-    """Annotations of a half ("train" or "test"): identities int64 [M], classes int64 [M, 12]; empty if there are none.
-
-    Two formats, both coded from 1: the course's CSV, a row per identity, and the authors' market_attribute.mat. The
-    .mat's two halves hold their fields in different orders, so both formats are read by name.
-    """
-    source, mat = root / f"annotations_{half}.csv", root / "market_attribute.mat"
-    if source.is_file():
-        try:
-            text = source.read_text("utf-8-sig")
-            lines = [line for line in text.splitlines() if line.strip(" ,;\t")] or [""]
-            reader = csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ",")
-            rows = list(reader)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{source} cannot be read as a table ({error}).") from None
-        header = [name for name in reader.fieldnames or () if name]
-        if len(header) > len(set(header)):
-            raise UserError(f"{source} has two columns '{max(header, key=header.count)[:40]}'.")
-        for row in rows:
-            if any(value.strip() for value in row.get(None, ())):  # one value too many shifts all that follow it
-                raise UserError(f"{source}: the row that begins with '{next(iter(row.values()))[:40]}' has more values "
-                                "than the header has columns.")
-        columns = {name: [row[name] for row in rows] for name in header}
-    elif mat.is_file():
-        source = mat
-        try:
-            from scipy.io import loadmat
-        except ImportError:
-            raise UserError(f"{mat} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
-        try:
-            struct = loadmat(mat, squeeze_me=True, struct_as_record=False)["market_attribute"]
-            columns = dict(vars(getattr(struct, half)))
-            columns["id"] = columns.pop("image_index")
-        except Exception as error:  # SciPy raises a dozen types on a damaged file
-            raise UserError(f"{mat} is not Market-1501's attribute file ({type(error).__name__}: {error}).") from None
-    else:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, len(ATTRIBUTES), dtype=torch.int64)
-
-    def column(name, highest):
-        if name not in columns:
-            raise UserError(f"{source} has no column '{name}'.")
-        numbers, values = [], np.atleast_1d(columns[name])
-        if len(values) != len(np.atleast_1d(columns["id"])):
-            raise UserError(f"{source}: column '{name}' has {len(values)} rows, column 'id' another number.")
-        for row, value in enumerate(values):
-            try:
-                numbers.append(int(float(value)))
-                fits = numbers[-1] == float(value) and 1 <= numbers[-1] <= highest
-            except (TypeError, ValueError, OverflowError):
-                fits = False
-            if not fits:
-                who = "" if name == "id" else f" of identity {str(np.atleast_1d(columns['id'])[row])[:40]}"
-                raise UserError(f"{source}: column '{name}'{who} holds '{str(value)[:40]}', "
-                                f"not a whole number from 1 to {highest}.")
-        return torch.tensor(numbers, dtype=torch.int64)
-
-    ids, classes = column("id", 10**9), []
-    if len(ids.unique()) < len(ids):
-        raise UserError(f"{source} names an identity twice.")
-    for attribute, names in ATTRIBUTES.items():
-        if attribute.endswith("color"):
-            flags = torch.stack([column(attribute[:-5] + name, 2) for name in names[:-1]], 1) == 2
-            one = flags.sum(1) == 1
-            classes.append(torch.where(one, flags.int().argmax(1), len(names) - 1))
-        else:
-            classes.append(column(attribute, len(names)) - 1)
-    return ids, torch.stack(classes, 1)
+    unknown = torch.zeros(len(names), dtype=torch.int64)
+    return Market(torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, *size), unknown, unknown, unknown, names)
 
 
 def split_identities(person_ids, fraction=0.6, seed=0):
@@ -306,10 +257,8 @@ def augment(crops, affine):
 
 
 class MatrixConv2d(nn.Conv2d):
-    """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps.
-
-    oneDNN is slow on layer4's maps of 4x2 pixels; forward and backward take half to two thirds of its time this way.
-    """
+    """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps. On
+    layer4's, of 4x2 pixels, forward and backward take half to two thirds of oneDNN's time this way."""
 
     def forward(self, x):
         if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
@@ -321,26 +270,31 @@ class MatrixConv2d(nn.Conv2d):
 
 
 class Backbone(nn.Module):
-    """ResNet18 ([report] reference 2) up to its pooled features: crops [B, 3, H, W] in 0..255 -> [B, 512]."""
+    """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> features [B, width].
+
+    state: as from `backbone_weights`; None: random. Another network fits in if it has a `width` and a `feature_map`.
+    """
 
     def __init__(self, state=None):
-        """state: a torchvision ResNet18 state dict to start from; None: random weights."""
         super().__init__()
-        self.net = resnet18()
+        net = resnet18()
         if state is not None:
-            self.net.load_state_dict(state)
-        self.net.fc = nn.Identity()
-        for module in self.net.layer4.modules():
+            net.load_state_dict(state)
+        for module in net.layer4.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                 module.__class__ = MatrixConv2d
-        self.net.to(memory_format=torch.channels_last)
+        self.width = net.fc.in_features
+        self.net = nn.Sequential(*[*net.children()][:-2]).to(memory_format=torch.channels_last)  # no avgpool, no fc
         # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, crops):
+    def feature_map(self, crops):
         x = (crops.float() - self.mean) / self.std
         return self.net(x.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, crops):
+        return F.adaptive_avg_pool2d(self.feature_map(crops), 1).flatten(1)
 
 
 def backbone_weights(choice):
@@ -348,37 +302,20 @@ def backbone_weights(choice):
     if choice == "none":
         return None
     if choice == "imagenet":
-        weights, answer = ResNet18_Weights.IMAGENET1K_V1, []
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+        socket.setdefaulttimeout(20)  # else a network that swallows packets hangs this for minutes
         try:
-            if not cached.is_file():  # a network that swallows packets can hang a look-up for minutes: in a thread then
-                probe = threading.Thread(target=lambda: answer.append(_probe(weights.url)), daemon=True)
-                probe.start()
-                probe.join(15)
-                if answer != [None]:
-                    raise OSError((answer or ["no answer"])[0])
-            socket.setdefaulttimeout(20)  # a transfer that stalls later
-            return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+            return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:  # of the network, of the hash, of a damaged file
-            raise UserError(f"ImageNet weights could not be had from {weights.url} or {cached} ({error}): delete that "
-                            "file if it is there, pass --weights none to start from random weights, or --weights FILE "
-                            "with a downloaded copy.") from None
+            raise UserError(f"ImageNet weights could not be had ({error}): pass --weights none to start from random "
+                            f"weights, or --weights FILE, a copy of {ResNet18_Weights.IMAGENET1K_V1.url}.") from None
         finally:
             socket.setdefaulttimeout(None)
-    state = torch_load(choice)
-    expected = resnet18().state_dict()
-    # The published file is older than BatchNorm's num_batches_tracked, and its classes are not ours.
+    state, expected = torch_load(choice), resnet18().state_dict()
+    # Published files are older than num_batches_tracked, and their classes are not ours.
     needed = [k for k in expected if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
     if not isinstance(state, dict) or any(getattr(state.get(k), "shape", None) != expected[k].shape for k in needed):
         raise UserError(f"{choice} is not a state dict of torchvision's ResNet18, which --weights needs.")
     return expected | {k: state[k] for k in needed}
-
-
-def _probe(url):
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except Exception as error:
-        return error
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
@@ -390,237 +327,150 @@ def learning_rate(step, steps, peak, warmup):
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-def autocast(device):
-    """bfloat16 where the processor computes in it, float32 elsewhere (where emulation would only cost time)."""
-    return torch.autocast(device.type, torch.bfloat16) if precision(device) == "bfloat16" else contextlib.nullcontext()
-
-
 def precision(device):
-    """"bfloat16" or "float32": what `autocast` uses on this device."""
+    """What autocast computes in: "bfloat16" where the device has it, else "float32": emulation would only cost time."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # the names are private and newer than some versions: without them, float32
-        native = device.type == "cpu" and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)()
-                                              for unit in ("avx512_bf16", "amx_tile"))
-    return "bfloat16" if native else "float32"
-
-
-def place(crops, device):
-    """Put crops on the device for good; where they would take half of a GPU's free memory, leave them to the host.
-
-    `fit` and `infer` then copy the rows that they need.
-    """
-    if device.type == "cuda" and crops.numel() > torch.cuda.mem_get_info(device)[0] // 2:
-        print(f"The crops, {crops.numel() / 2**30:.1f} GiB, stay in the host's memory: the GPU has too little free.")
-        return crops
-    return crops.to(device)
-
-
-def take(crops, rows, device):
-    """crops[rows] on the device. From the host by way of pinned memory, so that the copy does not make it wait."""
-    if crops.device == device:
-        return crops[rows]
-    chosen = crops[rows.cpu()]
-    return chosen.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chosen.to(device)
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    private = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile")]
+    return "bfloat16" if device.type == "cpu" and any(private) else "float32"
 
 
 def infer(model, crops, rows=None):
-    """Run `model` in evaluation mode over crops[rows]: its output, or list of outputs, float32, [N, ...]."""
-    batch = max(1, 512 * 128 * 64 // crops[0, 0].numel())
-    device = next(model.parameters()).device
-    rows = (torch.arange(len(crops)) if rows is None else rows).to(crops.device)
+    """Run `model` in evaluation mode over crops[rows]: its output, float32 [N, ...], on the model's device."""
+    batch, device = max(1, 512 * 128 * 64 // crops[0, 0].numel()), next(model.parameters()).device
+    rows = torch.arange(len(crops)) if rows is None else rows
     model.eval()
-    with torch.inference_mode(), autocast(device):
-        outputs = [model(take(crops, chunk, device)) for chunk in rows.split(batch)]
-        several = isinstance(outputs[0], list)
-        merged = [torch.cat(parts).float() for parts in (zip(*outputs) if several else [outputs])]
-    if not all(out.isfinite().all() for out in merged):
-        raise UserError("The network's output holds NaN or infinity: its training has diverged. "
-                        "Train again with a lower --lr.")
-    return merged if several else merged[0]
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
+        output = torch.cat([model(crops[part].to(device)) for part in rows.split(batch)]).float()
+    if not output.isfinite().all():
+        raise UserError("The network's output holds NaN or infinity: its training diverged. Train with a lower --lr.")
+    return output
 
 
-def fit(model, crops, plan, criterion, validate, args, checkpoint, record):
+def fit(model, crops, plan, criterion, validate, args, checkpoint):
     """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
 
-    crops       uint8 [N, 3, H, W], as from `place`
-    plan        generator -> int64 [n] or [n, k], drawn anew for each epoch: the rows of `crops` that make an item
-    criterion   (outputs of the model for k x B crops, int64 rows [B] or [B, k]) -> scalar loss
+    crops       uint8 [N, 3, H, W], copied to the device if that has twice the room
+    plan        generator -> int64 [n, k], drawn anew for each epoch: n items, each of k rows of `crops` (1 for
+                attributes, 3 for a triplet). A step takes B of them, their k x B crops in one forward pass
+    criterion   (the model's outputs [k, B, ...], the rows of `crops` they belong to [k, B]) -> scalar loss
     validate    () -> dict of figures; the first decides which epoch is best and when to stop early
-    checkpoint  what the file args.out says beside the model's weights
-    record      dict that stands beside it as JSON; gets a row per epoch
+    checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
-    AdamW; linear warm-up, then linear to 0, per step. Each epoch's last images that fill no batch are left out; they
-    are others in each epoch. After each epoch `last_path(out)` holds all that --resume needs. Returns the best epoch's
-    row.
+    AdamW; linear warm-up, then linear to 0, per step. An epoch's last items, which fill no batch, are left out. After
+    each epoch the file args.out, with the ending .last, holds all that --resume needs. Returns the record.
     """
-    device, out = next(model.parameters()).device, Path(args.out)
-    generator = torch.Generator().manual_seed(args.seed)
-    parameters = list(model.parameters())
-    # One-dimensional views of the same memory: AdamW's fused kernel would first copy a channels-last tensor.
-    dense = [flat(p.detach()) for p in parameters]
-    cuda = device.type == "cuda"
-    rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
-    optimizer = torch.optim.AdamW(dense, lr=rate, fused=True)
+    device, out = next(model.parameters()).device, args.out
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
+    record = checkpoint["record"] = copy.deepcopy(checkpoint["record"]) | {
+        "arguments": arguments, "run": os.urandom(8).hex(), "metrics": [], "epochs": [], "best epoch": 0}
+    generator, cuda = torch.Generator().manual_seed(args.seed), device.type == "cuda"
+    random = torch if device.type == "cpu" else getattr(torch, device.type)  # where dropout draws
+    if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+        crops = crops.to(device)
 
-    def step(pixels, warp, now):
-        x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
-        with autocast(device):
-            loss = criterion(model(x), now)
+    def flat(tensor):  # the same memory as one dimension: AdamW's fused kernel would copy a channels-last tensor first
+        return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(-1)
+
+    parameters = list(model.parameters())
+    views = [flat(p.detach()) for p in parameters]
+    rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
+    optimizer = torch.optim.AdamW(views, lr=rate, fused=True)
+
+    def step(pixels, affine, rows):
+        x = augment(pixels, affine)  # not under autocast: bfloat16 coordinates would shake the pixels
+        with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
+            loss = criterion(model(x).unflatten(0, rows.shape), rows)
         loss.backward()
-        for view, p in zip(dense, parameters):
+        for view, p in zip(views, parameters):
             view.grad, p.grad = None if p.grad is None else flat(p.grad), None
-        for group in optimizer.param_groups:
-            group.update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
+        optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
         optimizer.step()
         optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
         return loss.detach()
 
-    run_step = graphed(step) if cuda else step
-    device_rng = None if device.type == "cpu" else getattr(torch, device.type)  # torch.cuda or torch.mps
-    best, first, spent = None, 1, {"training": 0.0, "validation": 0.0}
-    last = load_last(out, checkpoint) if args.resume else None
-    checkpoint["run"] = last["run"] if last else os.urandom(8).hex()
-    if last:
-        try:
-            model.load_state_dict(last["model"])
-            moments = last["optimizer"]["state"]
-            for k in moments:  # AdamW would not look, and write beyond what is too short
-                if not dense[k].shape == moments[k]["exp_avg"].shape == moments[k]["exp_avg_sq"].shape:
-                    raise ValueError
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-            generator.set_state(last["generator"])
-            torch.set_rng_state(last["rng"])
-            if device_rng and device.type == last["args"]["device"]:
-                device_rng.set_rng_state(last["device_rng"])
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            if memory_is_full(error):
-                raise
-            raise UserError(f"{last_path(out)} does not hold the state of a run: start without --resume.") from None
-        record["epochs"], record["metrics"], best = last["rows"], last["metrics"], last["best"]
-        first, spent = last["epoch"] + 1, last["spent"]
-        print(f"Going on after epoch {last['epoch']}.")
-
-    def train_epoch(epoch):
-        items = plan(generator)
-        batch = min(args.batch, len(items))
-        steps, width = len(items) // batch, items[0].numel()
-        affine = random_affine(items.numel(), crops.shape[2:], generator).view(*items.shape, 2, 3).to(device)
-        sources, items = items.to(crops.device), items.to(device)
-        losses, begin = torch.zeros(steps, device=device), time.perf_counter()
-        shown, watched = begin, device.type == "cpu" or sys.stderr.isatty()
+    run_step, best = graphed(step) if cuda else step, None
+    if args.resume and (last := load_last(out, checkpoint)):
+        model.load_state_dict(last["model"])
+        for view, moments in zip(views, last["moments"].values(), strict=True):
+            moments["exp_avg"].view_as(view), moments["exp_avg_sq"].view_as(view)  # AdamW itself would not look
+        optimizer.load_state_dict({"state": last["moments"], "param_groups": optimizer.state_dict()["param_groups"]})
+        generator.set_state(last["generator"])
+        if device.type in last["random"]:
+            random.set_rng_state(last["random"][device.type])
+        best = last["best"]
+    for epoch in range(len(record["epochs"]) + 1, args.epochs + 1):
+        if epoch - 1 - record["best epoch"] >= args.patience:
+            print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
+            break
+        rows = plan(generator)
+        batch, width = min(args.batch, len(rows)), rows.shape[1]
+        steps = len(rows) // batch
+        affine = random_affine(rows.numel(), crops.shape[2:], generator).view(*rows.shape, 2, 3).to(device)
+        rows, losses = rows.to(device), torch.zeros(steps, device=device)
         model.train()
+        begin = shown = time.perf_counter()
         for k in range(steps):
-            now = slice(k * batch, (k + 1) * batch)
             lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
             rate.fill_(lr)
-            # [B, k] -> [k * B]: all anchors, then all positives, then all negatives
-            rows, warp = sources[now].transpose(0, -1).flatten(), affine[now].transpose(0, -3).flatten(0, -3)
-            losses[k] = run_step(take(crops, rows, device), warp, items[now])
-            if interrupted:
-                raise KeyboardInterrupt
+            now = slice(k * batch, (k + 1) * batch)
+            items, warp = rows[now].T, affine[now].transpose(0, 1).flatten(0, 1)  # [k, B], [k * B, 2, 3]
+            losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warp, items)
             # Only here does the host wait for a GPU: at the end of an epoch, and twice a second if someone is watching.
-            if k + 1 == steps or watched and time.perf_counter() - shown > 0.5:
-                done = losses[:k + 1]
+            if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
+                done, shown = losses[:k + 1].cpu(), time.perf_counter()
                 if not done.isfinite().all():
-                    bad = int(done.isfinite().int().argmin())
-                    raise UserError(f"The loss became {done[bad].item()} at step {bad + 1} of epoch {epoch}; {kept}. "
-                                    "Try a lower --lr.")
-                shown = time.perf_counter()
+                    raise UserError(f"The loss became {done[-1].item()} in epoch {epoch}: try a lower --lr. "
+                                    + (f"{out} keeps epoch {record['best epoch']}." if best else "Nothing is written."))
                 speed = (k + 1) * batch * width / (shown - begin)
                 left = round(((args.epochs - epoch + 1) * steps - k - 1) * batch * width / speed)
                 progress(f"epoch {epoch}/{args.epochs}  step {k + 1}/{steps}  loss {done.mean().item():.4f}  "
                          f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
-        return {"epoch": epoch, "loss": losses.mean().item(), "lr": lr,
-                "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)}
-
-    with interruptible(out, record["epochs"]) as interrupted:
-        for epoch in range(first, args.epochs + 1):
-            if best and epoch - 1 - best["epoch"] >= args.patience:
-                print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
-                break
-            kept = f"{out} keeps epoch {best['epoch']}" if best else "no checkpoint was written"
-            row = train_epoch(epoch)
-            progress(f"epoch {epoch}/{args.epochs}  validating")
-            try:
-                with timed(spent, "validation"):
-                    figures = validate()
-            except UserError as error:
-                raise UserError(f"{error} This was after epoch {epoch}; {kept}.") from None
-            row.update(figures)
-            record["metrics"] = list(figures)
-            better = best is None or row[record["metrics"][0]] > best[record["metrics"][0]]
-            first_best, best = best is None, row if better else best
-            spent["training"] = round(spent["training"] + row["seconds"], 2)
-            checkpoint.update(model=model.state_dict(), epoch=epoch)
-            # First the state to resume: what it calls the best epoch can be written from it, if that is cut off.
-            save_checkpoint(last_path(out), dict(
-                checkpoint, optimizer=optimizer.state_dict(), generator=generator.get_state(),
-                rng=torch.get_rng_state(), device_rng=device_rng and device_rng.get_rng_state(),
-                rows=[*record["epochs"], row], metrics=record["metrics"], best=best, spent=spent))
-            record["epochs"].append(row)
-            if better:
-                save_checkpoint(out, checkpoint, before=lambda: first_best and set_aside(out))
-            write_record(out, record | {"seconds": record["seconds"] | spent})
-            progress("")
-            print(f"epoch {epoch:2}/{args.epochs}  loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s  "
-                  "validation " + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * better,
-                  flush=True)
-            if interrupted:
-                raise KeyboardInterrupt
-    record["seconds"] |= spent
-    model.load_state_dict(load_checkpoint(out, checkpoint["kind"])["model"])
-    return best
-
-
-@contextlib.contextmanager
-def interruptible(out, epochs):
-    """Within, a first Ctrl-C is noted in the list that this gives, for `fit` to end after the step; a second is not.
-
-    Either way the KeyboardInterrupt that comes out says how to go on. epochs: the rows of the whole ones so far.
-    """
-    noted, usual = [], signal.getsignal(signal.SIGINT)
-
-    def note(*_):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(True)
-
-    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    try:
-        if ours:
-            signal.signal(signal.SIGINT, note)
-        yield noted
-    except KeyboardInterrupt:
-        away = f", once {last_path(out)} of an earlier run is moved away" if last_path(out).exists() else ""
-        first = f"stopped in the first epoch of {out}; the same command with --resume begins that anew{away}."
-        later = f"stopped; the same command with --resume goes on after epoch {len(epochs)} of {out}."
-        raise KeyboardInterrupt(later if epochs else first) from None
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, usual)
+        record["seconds"]["training"] = round(record["seconds"].get("training", 0) + shown - begin, 2)
+        with timed(record["seconds"], "validation"):
+            figures = validate()
+        if epoch == 1:
+            set_aside(out)
+        record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
+                                 "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
+        record["metrics"] = list(figures)
+        scores = [row[record["metrics"][0]] for row in record["epochs"]]
+        record["best epoch"] = scores.index(max(scores)) + 1
+        write_record(out, record)
+        checkpoint["model"] = model.state_dict()
+        if record["best epoch"] == epoch:
+            best = checkpoint | copy.deepcopy({"record": record, "model": checkpoint["model"]})
+        save_checkpoint(out.with_suffix(".last"), checkpoint | {
+            "best": best, "moments": optimizer.state_dict()["state"], "generator": generator.get_state(),
+            "random": {device.type: random.get_rng_state()}})
+        if record["best epoch"] == epoch:
+            save_checkpoint(out, best)
+        told = ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * (record["best epoch"] == epoch)
+        progress("")
+        print(f"epoch {epoch:2}/{args.epochs}  loss {done.mean().item():.4f}  {speed:.0f} images/s  validation {told}",
+              flush=True)
+    model.load_state_dict(best["model"])
+    return record
 
 
 def graphed(step, warmup=3):
     """The same step for CUDA, where a batch of crops takes less time than launching its thousand kernels one by one.
 
-    The first steps run as they are: cuDNN chooses its algorithms, AdamW makes its state. Then one is recorded, without
-    being run, as a CUDA graph; it and all later ones replay that, on new values in the same memory.
+    The first run as they are: cuDNN chooses its algorithms, AdamW makes its state. Then one is recorded as a CUDA graph
+    without being run; it and all later ones replay that, on new values in the same memory.
     """
-    stream, calls, graph, inputs, loss = torch.cuda.Stream(), 0, None, None, None
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # for good: the default stream cannot be recorded
+    calls, graph, inputs, loss = 0, None, None, None
 
     def run_step(*values):
         nonlocal calls, graph, inputs, loss
         calls += 1
         if calls <= warmup:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                early = step(*values)
-            torch.cuda.current_stream().wait_stream(stream)
-            return early
+            return step(*values)
         if graph is None:
             inputs, graph = [v.clone() for v in values], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 loss = step(*inputs)
         for kept, value in zip(inputs, values):
             kept.copy_(value)
@@ -630,78 +480,13 @@ def graphed(step, warmup=3):
     return run_step
 
 
-def flat(tensor):
-    """All elements in the order they have in memory, [n], without a copy; for dense and channels-last tensors."""
-    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(-1)
-
-
 def keep_memory():
     """Have glibc keep freed blocks for the next step, instead of mapping and zeroing each of them anew."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # another C library: as it is
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its upper limit
-        except (OSError, AttributeError):
-            pass  # another C library: as it is
-
-
-def last_path(out):
-    """Where the state of an unfinished run stands: par_best.pt -> par_last.pt."""
-    return out.with_name(out.stem.removesuffix("_best") + "_last.pt")
-
-
-STATE = ("optimizer", "generator", "rng", "device_rng", "rows", "metrics", "best", "spent")  # beside a checkpoint's own
-
-
-def load_last(out, checkpoint):
-    """The state to resume the run that writes `out`, if there is one; UserError if it is of other data or arguments.
-
-    The best checkpoint is written after that state: where a run was killed between the two, it is written here.
-    """
-    path = last_path(out)
-    if not path.exists():
-        return print(f"There is no {path} to resume: starting.")
-    last = load_checkpoint(path, checkpoint["kind"])
-    try:
-        whole = last["best"]["epoch"] <= last["epoch"] == last["rows"][-1]["epoch"] == len(last["rows"]) \
-            and {"training", "validation"} <= set(last["spent"]) and {"run", *STATE} <= set(last) \
-            and all(set(last["metrics"]) <= set(row) and all(map(math.isfinite, row.values()))
-                    for row in (last["best"], *last["rows"])) and all(map(math.isfinite, last["spent"].values()))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} does not hold the state of a run: start without --resume.")
-    changed = [k for k, v in checkpoint["args"].items() if v != last["args"].get(k)]
-    changed = [k for k in changed if k not in ("device", "out", "demo")]
-    if changed:
-        raise UserError(f"{path} is of a run with another --{changed[0]} ({last['args'].get(changed[0])}): resume with "
-                        "the arguments it had, start without --resume, or move that file away.")
-    ours, theirs = ({"train": c["train_ids"], "validation": c["validation_ids"], **(c.get("attributes") or {})}
-                    for c in (checkpoint, last))
-    same = ours.keys() == theirs.keys() and all(map(torch.is_tensor, theirs.values())) \
-        and all(torch.equal(v, theirs[k]) for k, v in ours.items())
-    if not same or last.get("data") != checkpoint.get("data"):
-        raise UserError(f"{path} is of a run with other data, or from another checkpoint: start without --resume.")
-    saved = load_checkpoint(out, checkpoint["kind"]) if out.exists() else {}
-    if (saved.get("run"), saved.get("epoch")) != (last["run"], last["best"]["epoch"]):
-        if last["best"]["epoch"] != last["epoch"]:
-            raise UserError(f"{out} is not the best checkpoint of the run in {path}: put that back, or start without "
-                            "--resume.")
-        save_checkpoint(out, {k: v for k, v in last.items() if k not in STATE},
-                        before=lambda: saved.get("run") != last["run"] and set_aside(out))
-    return last
-
-
-def set_aside(out):
-    """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
-    k = ""
-    while out.with_suffix(f".old{k}{out.suffix}").exists():
-        k = (k or 1) + 1
-    for path in (out.with_suffix(".json"), out):  # in this order: cut off between the two, they still come together
-        if path.exists():
-            os.replace(path, path.with_suffix(f".old{k}{path.suffix}"))
-            print(f"{path} of an earlier run is now {path.with_suffix(f'.old{k}{path.suffix}')}.")
 
 
 def progress(text):
@@ -714,242 +499,192 @@ def progress(text):
 # ------------------------------------------------------------------------------------------- files, settings, errors
 
 
-def write_whole(path, write, before=lambda: None):
-    """Call write(file) on a temporary file beside `path`, then put it in its place: whole or not at all.
+def load_last(out, checkpoint):
+    """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
 
-    before: called when the file is whole, just before it takes its place.
+    UserError if it is of other arguments or data. A kill may have left `out` older than this: it is written once more.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        while isinstance(error, RuntimeError) and error.__context__:  # torch.save's hides what it came from
-            error = error.__context__
-        if isinstance(error, KeyboardInterrupt):
-            raise error from None
-        raise UserError(f"{path} cannot be written ({error}).") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    path, record = out.with_suffix(".last"), checkpoint["record"]
+    if not path.exists():
+        return print(f"There is no {path} to resume: starting.")
+    last = load_checkpoint(path, checkpoint["kind"])
+    for kind in ("arguments", "fingerprints"):
+        for name, value in record[kind].items():
+            if name not in ("data", "init", "out", "device") and value != last["record"][kind].get(name):
+                flag = f"--{name}" if kind == "arguments" else name
+                raise UserError(f"{path} is of a run with another {flag}: resume with that, or start without --resume.")
+    record.update(last["record"])
+    write_record(out, record)  # if what is there is this run's
+    save_checkpoint(out, last["best"])
+    print(f"Going on after epoch {len(record['epochs'])}.")
+    return last
 
 
-def check_output(path, suffixes=(".pt", ".pth")):
-    """Make the folder of `path` and try to write in it: better before the training than after."""
-    if path.is_dir() or path.suffix.lower() not in suffixes:
-        raise UserError(f"{path} is no name for the file to write: give one that ends in {suffixes[0]}.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+def set_aside(out):
+    """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
+    k = next(k for k in ("", *range(2, 10**4)) if not any(
+        out.with_suffix(f".old{k}{end}").exists() for end in (".pt", ".json")))
+    for path in filter(Path.exists, (out.with_suffix(".json"), out)):
+        print(f"{path} of an earlier run is now {path.rename(path.with_suffix(f'.old{k}{path.suffix}'))}.")
 
 
 def write_record(out, record):
-    """Write the run's record beside its checkpoint, the same name with .json."""
+    """Write the run's record beside its checkpoint, as JSON; UserError where another run has begun to write there."""
+    path = out.with_suffix(".json")
+    if path.exists() and record["run"].encode() not in path.read_bytes():
+        raise UserError(f"{path} is another run's by now, so this one ends: give each run an --out of its own.")
     record["peak_memory_MB"] = peak_memory()
-    text = json.dumps(record, indent=1)
-    text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", text)  # a line per epoch, not per figure
-    write_whole(Path(out).with_suffix(".json"), lambda file: file.write(text.encode()))
+    text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", json.dumps(record, indent=1))  # a line per epoch, not per figure
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def peak_memory():
     """Highest memory use so far in MB: {"host": ..., "device": ...}; None where the system does not say."""
     try:
         import resource  # not on Windows
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
     except ImportError:
         host = None
-    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    return {"host": host and round(host), "device": device and round(device)}
+    return {"host": host, "device": torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_available() else None}
 
 
-def torch_load(path):
-    """Load a file of tensors and plain values; never runs code from it."""
+def write_whole(path, write):
+    """Call write(file), and put what it wrote in the place of `path`: whole or not at all."""
+    temporary, buffer = path.with_name(f".{path.name}.{os.getpid()}.tmp"), io.BytesIO()
+    write(buffer)  # to memory, as torch.save hides a full disk, and Ctrl-C, behind errors of its own
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as packed:  # torch.save does not compress: what is far larger inside is a trap
-                if sum(item.file_size for item in packed.infolist()) > 2 * os.path.getsize(path):
-                    raise ValueError("packed")
-                if packed.testzip():  # torch.load itself does not look at the checksums: wrong weights would go by
-                    raise ValueError("checksum")
-        with warnings.catch_warnings():  # of an old pickle: what matters is whether it loads
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
-        if memory_is_full(error):
-            raise
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint, before=lambda: None):
-    """Write a checkpoint: a dict of tensors and plain values with "kind", "model", "args", "train_ids", ..."""
-    write_whole(path, lambda file: torch.save(dict(checkpoint, version=1, classes=ATTRIBUTES), file), before)
+def check_output(path, suffix):
+    """Make the folder of `path` and try to write in it: better before the work than after."""
+    if path.is_dir() or path.suffix != suffix:
+        raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint: a dict of "kind" ("par" or "reid"), "record", "model", "train_ids", "validation_ids", ..."""
+    whole = checkpoint | {"version": 2, "classes": list(ATTRIBUTES.items())}
+    write_whole(path, lambda file: torch.save(whole, file))
 
 
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
     checkpoint = torch_load(path)
-    try:
-        known = checkpoint["kind"] in ("par", "reid") and checkpoint["version"] == 1 \
-            and checkpoint["classes"] == ATTRIBUTES
-    except Exception:  # whatever is missing or of another type
-        known = False
-    if not known:
+    marks = [checkpoint.get(k) for k in ("version", "classes")] if isinstance(checkpoint, dict) else None
+    if marks != [2, list(ATTRIBUTES.items())]:
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
-
-    try:
-        args, ids = checkpoint["args"], [checkpoint["train_ids"], checkpoint["validation_ids"]]
-        # Contiguous: a tensor of one value and a stride of 0 fills no file, but all memory.
-        whole = len(args["size"]) == 2 and all(type(v) is int and 32 <= v <= 1024 for v in args["size"]) \
-            and all(v.dtype == torch.int64 and v.dim() == 1 and v.is_contiguous() and len(v) for v in ids) \
-            and isinstance(checkpoint["epoch"], int) and isinstance(checkpoint["model"], dict)
-        if kind == "reid":
-            edges, *counts = (checkpoint["distances"][k] for k in ("edges", "matches", "others"))
-            whole = whole and type(args["dim"]) is int and 1 <= args["dim"] <= 4096 \
-                and isinstance(checkpoint["attributes"], (dict, type(None))) \
-                and edges.dim() == 1 and edges.is_contiguous() and edges.isfinite().all() and (edges.diff() > 0).all() \
-                and all(v.shape == edges[1:].shape and v.is_contiguous() and v.isfinite().all() and (v >= 0).all()
-                        and v.sum() > 0 for v in counts)
-    except Exception:
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is not a whole checkpoint: parts of it are missing or not what they should be.")
     return checkpoint
 
 
-def load_weights(model, state, path):
-    """Load a state dict into `model`; one that does not fit is the user's error."""
+def torch_load(path):
+    """Load a file of tensors and plain values; never runs code from it."""
     try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        if memory_is_full(error):
-            raise
-        raise UserError(f"The weights in {path} do not fit the network of this version of the project.") from None
-    return model
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")  # torch.load does not look at them
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # zip, pickle and PyTorch raise a dozen types on a damaged file
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
 def saved_split(checkpoint, person_ids, path):
     """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
     train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
     if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
-        raise UserError(f"{path} was trained on other identities than this data set's: "
-                        "pass the --data it was trained on.")
+        raise UserError(f"{path} was trained on other identities than this data set's: pass its --data.")
     return torch.isin(person_ids, train), torch.isin(person_ids, validation)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with wider help, and errors that end as all others do."""
-
-    def __init__(self, description):
-        super().__init__(usage="%(prog)s [options]", description=description, formatter_class=lambda prog:
-                         argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100))
-
-    def error(self, message):
-        raise UserError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: `kind` from `low` (or above it) to `high`."""
-    def parse(text):
-        value = kind(text)
-        if not ((value > low if above else value >= low) and value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not " + ("above" if above else "at least") + f" {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
-        return value
-    parse.__name__ = kind.__name__
-    return parse
+def number(kind, low, high=10**9):
+    """An argparse type: `kind`, int or float, from `low` to `high`."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+    return number
 
 
 def image_size(text):
     """An argparse type: "128x64" -> (128, 64), height and width."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    size = tuple(map(int, match.groups())) if match else (0, 0)
-    if not all(32 <= side <= 1024 for side in size):
-        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024 (128x64)")
-    return size
+    if not re.fullmatch(r"\d+x\d+", text) or not all(32 <= int(side) <= 1024 for side in text.split("x")):
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024")
+    return tuple(map(int, text.split("x")))
 
 
 def shared_flags(parser, epochs, lr, out):
     """Add the flags that both scripts have; defaults are the report's."""
     add = parser.add_argument_group("data, training and output").add_argument
-    add("--data", type=Path, metavar="DIR", help="folder of Market-1501 (default: ./Market-1501-v15.09.15; where that "
-        "is not, a drawn demo set)")
+    add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
-    add("--weights", metavar="W", help="to start from: imagenet, none, or a FILE of torchvision's ResNet18 (imagenet; "
-        "none for the demo set)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help=f"to train ({epochs}, report section 4)")
-    add("--lr", type=number(float, 0, above=True), default=lr, metavar="R", help="highest learning rate "
-        f"({lr}, report section 4)")
-    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="fraction of all steps in which the rate "
-        "rises; then it falls to 0 (0.1, report section 4)")
-    add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (32)")
+    add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="to train (%(default)s, report section 4)")
+    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="highest rate (%(default)s, report section 4)")
+    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
+    add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (%(default)s)")
     add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest "
-        "there is)")
-    add("--out", type=Path, default=Path(out), metavar="FILE", help="best checkpoint; its record and all pictures go "
-        f"into the same folder ({out})")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest)")
+    add("--out", type=Path, default=Path(out), metavar="FILE", help="best checkpoint, pictures beside it (%(default)s)")
     add("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
 
 
-def start(args, path=None, checkpoint=None, data=True):
-    """Settle device, size, data and weights, and say so: -> device. Fills args.size, .data, .demo, .weights, .device,
-    .seconds.
-
-    A checkpoint, read from `path`, decides the size. Without --data the demo set is drawn, if it has not been.
-    """
+def start(args, source=None, checkpoint=None, data=True):
+    """Settle what --device, --size, --data and --weights leave open, say so, and begin the run's record: -> that dict.
+    A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
-        raise UserError(f"This machine has no {args.device} device that PyTorch {torch.__version__} can use: "
-                        f"pass --device {best}.")
-    device = torch.device(best if args.device == "auto" else args.device)
-    args.device, args.seconds = device.type, {}
+        raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")
+    args.device = best if args.device == "auto" else args.device
     torch.backends.cudnn.benchmark = True  # shapes do not change: the time to choose an algorithm comes back
     keep_memory()
-    saved = checkpoint and tuple(checkpoint["args"]["size"])
-    if saved and args.size not in (None, saved):
-        raise UserError(f"{path} was trained with --size {saved[0]}x{saved[1]}: leave --size out.")
-    args.size = saved or args.size or (128, 64)
-    if not data:
-        source = f"trained on {checkpoint['args'].get('data')}" + " (DEMO SET)" * bool(checkpoint["args"].get("demo"))
-        args.about = f"{path}, {source} | {device.type}, {precision(device)} | {args.size[0]}x{args.size[1]}"
-        return device
-    if args.data is None:
-        args.data = Path("Market-1501-v15.09.15")
-        if not args.data.is_dir():
-            args.data = Path("Market-1501-demo")
-            if not args.data.is_dir():
-                print(f"Drawing the demo set into ./{args.data} ...", flush=True)
-                partial = args.data.with_suffix(".tmp")
-                shutil.rmtree(partial, ignore_errors=True)
-                try:
-                    draw_market(partial, 100, 6, seed=0)
-                    os.replace(partial, args.data)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    elif not args.data.is_dir():
-        raise UserError(f"--data {args.data} " + ("is not a folder." if args.data.exists() else "does not exist."))
-    args.demo = (args.data / DRAWN).is_file()
-    args.weights = args.weights or ("none" if args.demo else "imagenet")
-    if args.demo:
-        print(f"DEMO SET of drawn people in {args.data}: its figures say nothing about Market-1501.\n"
-              "README says how to get that.")
-    print(f"data {args.data} | {device.type}, {precision(device)}, {torch.get_num_threads()} threads | "
-          f"{args.size[0]}x{args.size[1]} | weights {path or args.weights}"
-          + ("" if args.eval else f" | seed {args.seed}"), flush=True)  # a checkpoint has its own
-    return device
+    saved = checkpoint["record"] if checkpoint else {"arguments": {"size": args.size or (128, 64)}}
+    if args.size not in (None, saved["arguments"]["size"]):
+        raise UserError(f"{source} was trained with another --size than {args.size[0]}x{args.size[1]}: leave that out.")
+    args.size = saved["arguments"]["size"]
+    args.data = find_data(args.data) if data else Path(saved["data"]["folder"])
+    demo = (args.data / DRAWN).is_file() if data else saved["data"]["drawn demo set"]
+    args.weights = args.weights or ("none" if demo else "imagenet")
+    record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
+              "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
+              "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                           "torchvision": str(torchvision.__version__)}, "machine": platform.platform()}
+    print("DEMO SET of drawn people: its figures say nothing about Market-1501. README says how to get that.\n" * demo
+          + f"{'data' if data else 'trained on'} {args.data} | {args.device}, {record['precision']}, "
+          f"{record['threads']} threads | {args.size[0]}x{args.size[1]} | {source or f'weights {args.weights}'}"
+          + f" | seed {args.seed}" * (not args.eval),
+          file=sys.stdout if data else sys.stderr, flush=True)  # stderr, as results on stdout may go into a file
+    return record
+
+
+def find_data(folder):
+    """--data or, without it, Market-1501 in the working directory or else the demo set, drawn if it has not been."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--data {folder} is not a folder.")
+    real, demo = Path("Market-1501-v15.09.15"), Path("Market-1501-demo")
+    if not folder and not real.is_dir() and not demo.is_dir():
+        print(f"Drawing the demo set into ./{demo} ...", flush=True)
+        own = demo.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            draw_market(own, 100, 6, seed=0)
+            with contextlib.suppress(OSError):  # another run's is there by now: that will do
+                own.rename(demo)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+    return folder or (real if real.is_dir() else demo)
 
 
 @contextlib.contextmanager
@@ -962,216 +697,111 @@ def timed(seconds, what):
 
 def say_seconds(seconds, file=None):
     """Print where the time went, and the peak memory."""
-    memory = " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items() if mb)
-    print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
-          + (f"; peak memory {memory}" if memory else ""), file=file)
+    print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items()) + "; peak memory "
+          + " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items() if mb), file=file)
 
 
-def new_record(args):
-    """What a record says before the first epoch."""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "torchvision": str(torchvision.__version__)}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-             if k not in ("seconds", "resume")}
-    return {"arguments": plain, "data": {"folder": str(args.data), "drawn demo set": args.demo}, "versions": versions,
-            "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-            "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
-            "epochs": [], "final": {}, "seconds": dict(args.seconds)}
-
-
-def run(main):
-    """Run a script's main(); the one place where errors become sentences and exit codes."""
-    script = Path(sys.argv[0]).name
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it is while a script imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
+def run(main, parser):
+    """Run a script's main(args); the one place where errors become sentences and exit codes."""
+    args, code = parser.parse_args(), 2
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
-        return main()
+        return main(args)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as of a program that a closed pipe ends
     except UserError as error:
-        code, sentence = 2, " ".join(str(error).splitlines())  # a file's name can hold a newline
+        sentence = " ".join(str(error).splitlines())
     except OSError as error:
-        code, sentence = 2, f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
+        sentence = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
     except (RuntimeError, MemoryError) as error:
-        if not memory_is_full(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|not enough mem", str(error)):
             raise
-        code, sentence = 2, "the memory is full: lower --batch or --size, or pass another --device."
-    except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes no time
-        goes_on = "." if any(word.startswith(("--eval", "--stats")) for word in sys.argv) else \
-            "; the same command with --resume goes on after the last whole epoch."
-        code, sentence = 130, str(stop) or "stopped" + goes_on
+        sentence = "the memory is full: lower --batch or --size, or pass another --device."
+    except KeyboardInterrupt:
+        code, sentence = 130, "stopped." if args.eval or vars(args).get("stats") else \
+            "stopped; the same command with --resume goes on after the last whole epoch."
     progress("")
-    print(f"{script}: {sentence}", file=sys.stderr)
+    print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-def memory_is_full(error):
-    """CUDA, MPS and the CPU's allocator say it in different words."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(
-        re.search("out of memory|can't allocate|not enough mem", str(error)))
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: told apart by the colour-blind
 INK, GREY = "#222222", "#8a8a8a"
+SOFTWARE, MARK = "person attributes and re-identification", PngInfo()
+MARK.add_text("Software", SOFTWARE)  # in the pictures drawn here: they are no crops of people
 
 
-def table(title, header, rows, best=None):
-    """Print rows [name, figures...] under a header; `best` (max or min) marks each row's best figure with a star.
-
-    A figure is a number, shown with two decimals, or a text; columns with letters in them stand to the left.
-    """
-    def cell(value, row):
-        if isinstance(value, str):
-            return " ".join(value.splitlines())
-        highest = best and best(v for v in row if not isinstance(v, str) and v == v)
-        return ("-" if value != value else f"{value:.2f}") + (best and ("  ", " *")[value == highest] or "")
-
-    cells = [header, *([row[0], *(cell(v, row[1:]) for v in row[1:])] for row in rows)]
-    if best:
-        cells[0] = [header[0], *(h + "  " for h in header[1:])]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    sides = ["<" if k == 0 or re.search("[a-z]", "".join(row[k] for row in cells[1:])) else ">"
-             for k in range(len(header))]
+def table(title, header, rows):
+    """Print rows [name, cells...] under a header; a cell is a number, shown with two decimals, or a text."""
+    texts = [[" ".join(v.splitlines()) if isinstance(v, str) else "-" if v != v else f"{v:.2f}" for v in row]
+             for row in rows]
+    sides = ["<" if k == 0 or any(re.search("[a-z]{2}", row[k]) for row in texts) else ">" for k in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *texts)]
     print(f"\n{title}")
-    for row in cells:
-        print("  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths)).rstrip())
-    sys.stdout.flush()
+    for row in (header, *texts):
+        print("  ".join(f"{v:{side}{width}}" for v, side, width in zip(row, sides, widths)).rstrip(), flush=True)
 
 
-def charts(path, panels, columns=1, size=(560, 330)):
-    """Draw panels, `columns` to a row, into a PNG file twice as large as `size` (width, height) says for each.
-
-    A panel is a dict: title; then bars {category: value}; or a matrix of counts [n, n], a row per true class, and its
-    classes; or lines {legend: (xs, ys)} with axis labels x and y and, if wanted, marks {legend: x}, dashed verticals.
-    """
-    scale, (width, height) = 4, size
-    picture = Image.new("RGB", (width * columns * scale, height * math.ceil(len(panels) / columns) * scale), "white")
+def charts(path, panels):
+    """Draw panels, two to a row, as PNG: title -> {category: percent}, as bars, or -> {legend: (xs, ys)}, as lines."""
+    scale, width, height = 4, 560, 330
+    picture = Image.new("RGB", (2 * width * scale, math.ceil(len(panels) / 2) * height * scale), "white")
     pen = ImageDraw.Draw(picture)
 
-    def text(x, y, string, anchor, points=13, colour=INK):
+    def text(x, y, string, anchor="rm", colour=INK, points=13):
         pen.text((x * scale, y * scale), string, colour, ImageFont.load_default(points * scale), anchor)
+        return pen.textlength(string, ImageFont.load_default(points * scale)) / scale
 
-    def line(points, colour, thick=2.0):
+    def line(points, colour, thick=2.5):
         pen.line([(x * scale, y * scale) for x, y in points], colour, round(thick * scale), joint="curve")
 
-    for i, panel in enumerate(panels):
-        left, top = i % columns * width, i // columns * height
-        text(left + 16, top + 20, panel["title"], "lm", 15)
-        if "bars" in panel:
-            for k, (name, value) in enumerate(panel["bars"].items()):
-                y, length = top + 54 + 26 * k, (width - 190) * value / 100
-                text(left + 114, y, name, "rm")
-                pen.rectangle([c * scale for c in (left + 120, y - 9, left + 120 + length, y + 9)], COLOURS[0])
-                text(left + 125 + length, y, f"{value:.1f} %", "lm", 12)
+    for i, (title, series) in enumerate(panels.items()):
+        left, top = i % 2 * width, i // 2 * height
+        text(left + 16, top + 20, title, "lm", points=15)
+        if not isinstance(next(iter(series.values())), tuple):
+            for k, (name, percent) in enumerate(series.items()):
+                x, y, end = left + 130, top + 54 + 26 * k, left + 130 + 3.6 * percent
+                text(x - 6, y, name)
+                line([(x, y), (end, y)], COLOURS[0], 18)
+                text(end + 5, y, f"{percent:.1f} %", "lm")
             continue
-        if "matrix" in panel:
-            n, x0, y0 = len(panel["classes"]), left + 96, top + 66
-            w, h = (width - 112) / n, min(0.5 * (width - 112) / n, (height - 78) / n)
-            for r, (name, counts) in enumerate(zip(panel["classes"], panel["matrix"].tolist())):
-                text(x0 + (r + 0.5) * w, y0 - 10, name, "mm", 11)
-                text(x0 - 6, y0 + (r + 0.5) * h, f"{name} ({sum(counts)})", "rm", 11)
-                for c, count in enumerate(counts):
-                    share = count / sum(counts) if sum(counts) else 0
-                    shade = tuple(round(255 + (v - 255) * share) for v in ImageColor.getrgb(COLOURS[0]))
-                    pen.rectangle([v * scale for v in (x0 + c * w, y0 + r * h, x0 + (c + 1) * w - 1,
-                                                       y0 + (r + 1) * h - 1)], shade)
-                    if count:
-                        text(x0 + (c + 0.5) * w, y0 + (r + 0.5) * h, f"{100 * share:.0f}", "mm", 11,
-                             "white" if share > 0.7 else INK)
-            continue
-        x0, x1, y0, y1 = left + 64, left + width - 20, top + height - 50, top + 62
-        (xs, ys), marks = zip(*panel["lines"].values()), panel.get("marks", {})
-        x_ticks, y_ticks = ticks(min(map(min, xs)), max(map(max, xs))), ticks(min(map(min, ys)), max(map(max, ys)))
-        low, high = min(map(min, xs)), max(max(map(max, xs)), min(map(min, xs)) + 1e-9)
+        xs, ys = (ticks(np.concatenate(values)) for values in zip(*series.values()))
+        legend = right = left + width - 20
+        upper, lower = top + 62, top + height - 36
 
-        def at_x(v):
-            return x0 + (x1 - x0) * (v - low) / (high - low)
+        def at(x, y):
+            return np.interp(x, xs[[0, -1]], (left + 64, right)), np.interp(y, ys[[0, -1]], (lower, upper))
 
-        def at_y(v):
-            return y0 + (y1 - y0) * (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-
-        for v in y_ticks:
-            line([(x0, at_y(v)), (x1, at_y(v))], "#e4e4e4", 1)
-            text(x0 - 6, at_y(v), f"{v:g}", "rm", 12)
-        for v in x_ticks:
-            if low <= v <= high:
-                line([(at_x(v), y0), (at_x(v), y0 + 4)], GREY, 1)
-                text(at_x(v), y0 + 7, f"{v:g}", "mt", 12)
-        line([(x0, y1), (x0, y0), (x1, y0)], GREY, 1)
-        text((x0 + x1) / 2, y0 + 36, panel["x"], "mm")
-        text(left + 16, y1 - 18, panel["y"], "lm", 12, GREY)
-        legend = dict(zip([*panel["lines"], *marks], COLOURS))
-        for name, (xv, yv) in panel["lines"].items():
-            points = [(at_x(a), at_y(b)) for a, b in zip(xv, yv)]
-            line(points, legend[name])
-            for x, y in points if len(points) < 50 else ():
-                pen.ellipse([(x - 2.5) * scale, (y - 2.5) * scale, (x + 2.5) * scale, (y + 2.5) * scale], legend[name])
-        for name, v in marks.items():
-            for k in range(0, 40, 2) if low <= v <= high else ():
-                line([(at_x(v), y0 + (y1 - y0) * k / 40), (at_x(v), y0 + (y1 - y0) * (k + 1) / 40)], legend[name], 1.5)
-        for name, colour in reversed(legend.items()):
-            text(x1, y1 - 18, name, "rm", 12, colour)
-            x1 -= pen.textlength(name, ImageFont.load_default(12 * scale)) / scale + 18
-    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
-    write_whole(path, lambda file: picture.save(file, "PNG"))
+        for y in ys:
+            line([at(xs[0], y), at(xs[-1], y)], "#e4e4e4", 1)
+            text(left + 58, at(0, y)[1], f"{y:.6g}")
+        for x in xs:
+            text(at(x, 0)[0], lower + 7, f"{x:.6g}", "mt")
+        for (name, points), colour in zip(series.items(), COLOURS):
+            points = [at(x, y) for x, y in zip(*points)]
+            line([*points, points[-1] + np.array((0.5, 0))], colour)  # a dot, if it is one point
+            legend -= 18 + text(legend, upper - 18, name, colour=colour)
+    write_whole(path, lambda file: picture.reduce(2).save(file, "PNG", pnginfo=MARK))
 
 
-def sheet(path, rows, height=256, beside=False):
-    """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
-
-    A line is a text or a (text, colour). They stand below their crop, or beside it; the longest are cut.
-    """
-    font, room = ImageFont.load_default(14), 8
-    crop_width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
-    lines = max(len(lines) for row in rows for _, lines, _ in row)
-    text_width = 170 if beside else max(150, crop_width)
-    wide = (crop_width + room + text_width if beside else text_width) + 2 * room
-    tall = (max(height, 18 * lines) if beside else height + 18 * lines) + 3 * room
-    picture = Image.new("RGB", (wide * max(map(len, rows)) + room, tall * len(rows) + room), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, row in enumerate(rows):
-        for k, (crop, lines, frame) in enumerate(row):
-            x, y = room + k * wide, room + i * tall
-            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
-            picture.paste(image.resize((crop_width, height), Image.Resampling.BICUBIC), (x, y))
-            if frame:
-                pen.rectangle([x - 4, y - 4, x + crop_width + 3, y + height + 3], outline=frame, width=4)
-            left, top = (x + crop_width + room, y) if beside else (x, y + height + room)
-            for j, line in enumerate(lines):
-                text, colour = (line, INK) if isinstance(line, str) else line
-                text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
-                while pen.textlength(text, font) > text_width:
-                    text = text.removesuffix("...")[:-1] + "..."
-                pen.text((left, top + 18 * j), text, colour, font)
-    write_whole(path, lambda file: picture.save(file, "PNG"))
+def ticks(values):
+    """About five round numbers, the first not above all values and the last not below: float [n]."""
+    low, span = min(values), max(values) - min(values) or abs(max(values)) or 1.0
+    step = 10.0 ** math.floor(math.log10(span))
+    step *= next(f for f in (0.2, 0.5, 1, 2) if span / (f * step) <= 6)
+    return step * np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1)
 
 
-def ticks(low, high):
-    """Round numbers, from at or below `low` to at or above `high`, about five."""
-    span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span))
-    step = next(f * power for f in (0.2, 0.5, 1, 2) if span / (f * power) <= 6)
-    if isinstance(low, int) and isinstance(high, int):  # of epochs there are no halves
-        step = max(1, step)
-    first = math.floor(low / step)
-    return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
-
-
-def curves(path, record, title):
-    """Draw a record's training curves: the loss, and the validation figures in percent."""
-    rows = record["epochs"]
-    x = [row["epoch"] for row in rows]
-    figures = {k: (x, [100 * row[k] for row in rows]) for k in record["metrics"]}
-    loss = {"training": (x, [row["loss"] for row in rows])}
-    charts(path, [{"title": f"{title}: training loss", "x": "epoch", "y": "loss", "lines": loss},
-                  {"title": f"{title}: validation", "x": "epoch", "y": "%", "lines": figures}], columns=2)
+def curves(record):
+    """A record's training curves, as panels of `charts`: the loss, and the validation figures in percent."""
+    epochs = [row["epoch"] for row in record["epochs"]]
+    figures = {k: (epochs, [100 * row[k] for row in record["epochs"]]) for k in record["metrics"]}
+    return {"Training loss by epoch": {"": (epochs, [row["loss"] for row in record["epochs"]])},
+            "Validation by epoch, %": figures}
 
 
 # ---------------------------------------------------------------------------------------------------- the drawn demo
