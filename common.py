@@ -817,15 +817,15 @@ FREQUENCIES = {
 RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150),
        "yellow": (228, 196, 62), "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76),
        "pink": (232, 142, 170), "brown": (122, 82, 50)}
-SCALE = 3  # people are drawn three times as large and then reduced
-# Six places: wall, ground, horizon, light (gain per channel), blur in pixels, size of the people.
+PATTERNS = ("000000", "000000", "010101", "001100", "001000", "000011")  # of a garment's two shades, from the top down
+# Six places: wall, ground, horizon (a third of a pixel each), light (gain per channel), blur in pixels.
 CAMERAS = (
-    ((176, 182, 188), (150, 148, 142), 58, (1.00, 1.00, 1.00), 0.3, 1.00),
-    ((150, 124, 104), (128, 122, 120), 50, (1.08, 0.98, 0.86), 0.5, 0.94),
-    ((116, 140, 104), (164, 158, 140), 66, (0.94, 1.04, 0.94), 0.4, 1.02),
-    ((196, 200, 206), (110, 112, 118), 40, (0.84, 0.92, 1.08), 0.7, 0.90),
-    ((120, 112, 130), (176, 168, 160), 72, (0.78, 0.76, 0.80), 0.5, 0.97),
-    ((206, 192, 164), (188, 176, 152), 54, (1.16, 1.10, 1.00), 0.9, 0.92),
+    ((176, 182, 188), (150, 148, 142), 210, (1.00, 1.00, 1.00), 0.3),
+    ((150, 124, 104), (128, 122, 120), 234, (1.08, 0.98, 0.86), 0.5),
+    ((116, 140, 104), (164, 158, 140), 186, (0.94, 1.04, 0.94), 0.4),
+    ((196, 200, 206), (110, 112, 118), 264, (0.84, 0.92, 1.08), 0.7),
+    ((120, 112, 130), (176, 168, 160), 168, (0.78, 0.76, 0.80), 0.5),
+    ((206, 192, 164), (188, 176, 152), 222, (1.16, 1.10, 1.00), 0.9),
 )
 
 
@@ -833,222 +833,122 @@ def draw_market(root, identities, images_per_identity, seed=0):
     """Draw a data set of people in Market-1501's layout and names into folder `root`; the same for a seed.
 
     identities: how many in the training half, and as many others in the test half; images_per_identity: crops of each
-    in bounding_box_train or bounding_box_test, from two cameras or more. Queries, distractors, junk and both CSV files
-    of annotations come with them.
+    to train with or in the gallery, from two cameras or more. Queries, distractors, junk, annotations come with them.
     """
-    root, frame = Path(root), 0
-    for folder in PARTS.values():
-        (root / folder).mkdir(parents=True, exist_ok=True)
+    root, shots = Path(root), []
     random = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
-    plain = ["age", "backpack", "bag", "handbag", "clothes", "down", "up", "hair", "hat", "gender"]
-    flags = [(a, k) for a in ("upcolor", "downcolor") for k in range(len(ATTRIBUTES[a]) - 1)]
-
-    def save(part, person_id, person, camera, number, poor=False):
-        nonlocal frame
-        frame += 25
-        shown = f"{person_id:04d}" if person_id >= 0 else "-1"
-        path = root / PARTS[part] / f"{shown}_c{camera}s1_{frame:06d}_{number:02d}.jpg"
-        draw_crop(person, camera, random, poor).save(path, quality=int(random.randint(70, 92)))
-
-    for half, start in (("train", 1), ("test", identities + 1)):
-        lines = [["id", *plain, *(a.removesuffix("color") + ATTRIBUTES[a][k] for a, k in flags)]]
-        for person_id in range(start, start + identities):
+    root.mkdir(parents=True, exist_ok=True)
+    plain = [a for a in ATTRIBUTES if a not in FLAGS]
+    flags = [(a, k) for a in FLAGS for k in range(len(ATTRIBUTES[a]) - 1)]
+    for half, part, start in (("train", "train", 1), ("test", "gallery", identities + 1)):
+        rows = [["id", *plain, *(FLAGS[a] + ATTRIBUTES[a][k] for a, k in flags)]]
+        for i in range(start, start + identities):
             person = draw_identity(random)
-            lines.append([person_id, *(1 + person[a] for a in plain), *(1 + (person[a] == k) for a, k in flags)])
+            rows.append([i, *(1 + person[a] for a in plain), *(1 + (person[a] == k) for a, k in flags)])
             cameras = 1 + random.permutation(6)[:random.randint(2, 7)]
-            for k in range(images_per_identity):
-                save("train" if half == "train" else "gallery", person_id, person, cameras[k % len(cameras)], 1 + k)
-            if half == "test":
-                for camera in cameras[:2] if images_per_identity > 1 else cameras[1:2]:
-                    save("query", person_id, person, camera, 0)
-                if (person_id - start) % 6 == 0:
-                    save("gallery", -1, person, cameras[0], 98, poor=True)
-        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-        (root / f"annotations_{half}.csv").write_text(text, newline="\n")
+            shots += [(part, f"{i:04d}", person, camera) for camera in np.resize(cameras, images_per_identity)]
+            if half == "test":  # each query is to be found in another camera
+                shots += [("query", f"{i:04d}", person, camera) for camera in cameras[images_per_identity == 1:2]]
+        np.savetxt(root / f"annotations_{half}.csv", rows, "%s", ",")
     for k in range(max(2, identities * images_per_identity // 5)):
-        save("gallery", 0, draw_identity(random), random.randint(1, 7), 1 + k % 90, poor=k % 3 == 0)
-    (root / DRAWN).write_text("Drawn people, not photographs: "
-                              f"draw_market({identities}, {images_per_identity}, {seed}).\n", newline="\n")
+        shots.append(("gallery", "0000" if k % 8 else "-1", draw_identity(random), random.randint(1, 7)))
+    for k, (part, shown, person, camera) in enumerate(shots, 1):
+        path = root / PARTS[part] / f"{shown}_c{camera}s1_{25 * k:06d}_01.jpg"
+        path.parent.mkdir(exist_ok=True)
+        draw_crop(person, camera, random).save(path, quality=int(random.randint(70, 92)))
+    (root / DRAWN).write_text(f"Drawn people: draw_market({identities}, {images_per_identity}, {seed})\n")
 
 
 def draw_identity(random):
     """Choose a person: the 12 classes by attribute, and what tells two people of the same classes apart."""
-    person = {a: int((random.rand() > np.cumsum(p)).sum().clip(max=len(p) - 1)) for a, p in FREQUENCIES.items()}
+    person = {a: int(random.choice(len(p), p=p)) for a, p in FREQUENCIES.items()}
     person["gender"] = female = int(random.rand() < 0.45)
     person["hair"] = int(random.rand() < (0.72 if female else 0.06))
     person["clothes"] = int(random.rand() > (0.32 if female else 0.0))
-
-    def cloth(names, which):
-        """Three shades of the named colour, or three colours for "multi", and a pattern."""
-        if names[which] == "multi":
-            return [RGB[names[k]] for k in random.permutation(len(names) - 1)[:3]], "blocks"
-        shade = np.clip(np.array(RGB[names[which]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3), 0, 255)
-        accent = np.clip(shade + random.choice([-1, 1]) * random.uniform(35, 60), 0, 255)
-        pattern = random.choice(["plain", "plain", "bands", "columns", "print"])
-        return [tuple(map(int, c)) for c in (shade, accent, shade)], pattern
-
-    person["top"] = cloth(ATTRIBUTES["upcolor"], person["upcolor"])
-    person["bottom"] = cloth(ATTRIBUTES["downcolor"], person["downcolor"])
-    person["skin"] = darker((238, 198, 168), random.uniform(0.62, 1.0))
-    hair = [(32, 26, 24), (64, 44, 32), (112, 76, 44), (148, 110, 64)][random.choice(4, p=[0.5, 0.25, 0.15, 0.1])]
-    person["hair_colour"] = (214, 214, 212) if person["age"] == 3 else hair
-    for item in ("shoes", "hat_colour", "bag_colour", "pack_colour", "handbag_colour"):
-        person[item] = darker(list(RGB.values())[random.randint(10)], 0.85)
-    person["build"] = random.uniform(0.90, 1.10) * (0.92, 0.92, 1.14, 1.04)[person["age"]]
-    person["height"] = random.uniform(0.97, 1.03) * (0.70, 0.97, 1.0, 0.92)[person["age"]]
+    for attribute in ("upcolor", "downcolor"):  # six bands of colour each, from the top down
+        *colours, multi = ATTRIBUTES[attribute]
+        if person[attribute] == len(colours):
+            shades, pattern = [RGB[name] for name in random.permutation(colours)[:3]], "001122"
+        else:
+            shade = np.array(RGB[colours[person[attribute]]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3)
+            accent = shade + random.uniform(35, 55) * (1 if shade.mean() < 100 else -1)
+            shades, pattern = [shade, accent], random.choice(PATTERNS)
+        person[f"{attribute}s"] = [tinted(shades[int(k)]) for k in pattern]
+    person["skin"] = tinted((238, 198, 168), random.uniform(0.62, 1.0))
+    person["strands"] = (214, 214, 212) if person["age"] == 3 else tinted((158, 118, 72), random.uniform(0.4, 1) ** 2)
+    person["things"] = [tinted(list(RGB.values())[k], 0.85) for k in random.randint(10, size=5)]
+    person["build"] = random.uniform(0.92, 1.08) * (0.76, 0.92, 1.14, 1.04)[person["age"]]
+    person["shortness"] = random.uniform(-0.02, 0.05) + (0.33, 0.02, 0.0, 0.08)[person["age"]]
     return person
 
 
-class Brush:
-    """Pillow's pen in a person's coordinates: x from the middle to the right, y from the feet up, 110 to the head."""
+def draw_crop(person, camera, random):
+    """Draw a person as one camera sees them: a 64x128 image."""
+    wall, ground, horizon, light, blur = CAMERAS[camera - 1]
+    picture = Image.new("RGB", (192, 384), ground)  # three times as large, to be reduced
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((0, 0, 192, horizon), wall)
+    for x in range(random.randint(-48, 0), 192, 48 if camera % 2 else 72):
+        pen.rectangle((x, 0, x + 16, horizon), tinted(wall, 0.88))
 
-    def __init__(self, image, middle=0.0, feet=0.0, unit=1.0):
-        self.pen, self.middle, self.feet, self.unit = ImageDraw.Draw(image), middle, feet, unit
-
-    def at(self, *points):
-        return [(SCALE * (self.middle + x * self.unit), SCALE * (self.feet - y * self.unit)) for x, y in points]
-
-    def box(self, x0, y0, x1, y1, colour, corner=0.0):
-        (left, top), (right, bottom) = self.at((min(x0, x1), y1), (max(x0, x1), y0))
-        radius = max(0, min(corner * self.unit * SCALE, (right - left) / 2 - 1, (bottom - top) / 2 - 1))
-        self.pen.rounded_rectangle([left, top, right, bottom], radius, colour)
-
-    def dot(self, x, y, rx, ry, colour):
-        self.pen.ellipse(self.at((x - rx, y + ry), (x + rx, y - ry)), colour)
-
-    def cap(self, x, y, rx, ry, start, colour):
-        self.pen.chord(self.at((x - rx, y + ry), (x + rx, y - ry)), start, 540 - start, colour)
-
-    def shape(self, points, colour):
-        self.pen.polygon(self.at(*points), colour)
-
-    def limb(self, points, thick, colour):
-        self.pen.line(self.at(*points), colour, round(thick * self.unit * SCALE), joint="curve")
+    (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
+    for colour, thick, *points in [(tinted(ground, 0.8), 5, (-12, 0), (12, 0)), *body_parts(person, random)]:
+        # Only what is below the neck is shorter: a child's head is nearly as large as an adult's.
+        points = [(middle + side * unit * x, feet - unit * (y - min(y, 90) * person["shortness"])) for x, y in points]
+        radius = unit * thick / 2
+        pen.polygon(points, colour)
+        pen.line(points, colour, round(2 * radius))
         for x, y in points:
-            self.dot(x, y, thick / 2, thick / 2, colour)
-
-
-def draw_crop(person, camera, random, poor=False):
-    """Draw a person as one camera sees them: a 64x128 image; poor: as a bad detection would cut it out."""
-    wall, ground, horizon, light, blur, zoom = CAMERAS[camera - 1]
-    picture = Image.new("RGB", (64 * SCALE, 128 * SCALE), wall)
-    place = Brush(picture, 0, 128)  # y from the lower edge up
-    horizon = 128 - horizon
-    place.box(0, 0, 64, horizon, ground)
-    shift = random.randint(0, 24)
-    for x in range(-24, 80, 24 if camera % 2 else 16):  # windows, trunks or pillars, and joints in the ground
-        top = 129 if camera % 3 else horizon + 26
-        place.box(x + shift, horizon, x + shift + (5 if camera % 2 else 9), top, darker(wall, 0.86))
-        place.pen.line(place.at((x + shift, horizon), (x * 1.8 + shift - 20, 0)), darker(ground, 0.92), SCALE)
-
-    unit = person["height"] * zoom * random.uniform(0.96, 1.03)
-    middle, feet = 32 + random.uniform(-3, 3), 121 + random.uniform(-2, 3)
-    if poor:
-        unit *= random.uniform(1.1, 1.5)
-        middle += random.choice([-1, 1]) * random.uniform(16, 30)
-        feet += random.uniform(-40, 50)
-    brush = Brush(picture, middle, feet, unit)
-    back, side = random.rand() < 0.45, random.choice([-1, 1])
-    stride, swing = random.uniform(1, 7), random.uniform(-4, 4)
-    old, female, wide = person["age"] == 3, person["gender"] == 1, person["build"]
-    shoulder, waist, hip = (v * wide for v in ((10.0, 7.4, 9.6) if female else (12.6, 9.6, 9.2)))
-    lean, hair, skin = 4 * old, person["hair_colour"], person["skin"]
-
-    def garment(cloth, cut):
-        """Lay a cloth, its colours in its pattern, over what cut(brush) draws."""
-        (first, second, third), pattern = cloth
-        mask, fabric = Image.new("L", picture.size, 0), Image.new("RGB", picture.size, first)
-        cut(Brush(mask, middle, feet, unit))
-        weave = Brush(fabric, middle, feet, unit)
-        for k in range(0, 136, 8):
-            if pattern == "bands":
-                weave.box(-64, k, 64, k + 3, second)
-            elif pattern == "columns":
-                weave.box(k - 64, -20, k - 61, 140, second)
-            elif pattern == "blocks":
-                weave.box(-64, k, 64, k + 8, (first, second, third)[k // 8 % 3])
-        if pattern == "print":
-            weave.dot(0, 76, 5 * wide, 6, second)
-            weave.box(-64, 34, 64, 38, second)
-        picture.paste(fabric, mask=mask)
-
-    brush.dot(0, -1, 15 * wide, 2.4, darker(ground, 0.72))  # shadow
-    if person["hair"] and not back:
-        brush.box(lean - 8.4, 80, lean + 8.4, 108, hair, 6)
-    if person["backpack"] and not back:
-        brush.box(-shoulder - 1.5, 60, shoulder + 1.5, 88, person["pack_colour"], 4)
-
-    legs = [[(k * 4.6 * wide, 54), (k * (5 * wide + stride * bend), 28), (k * (5 * wide + stride * reach), 4)]
-            for k, bend, reach in ((-1, 0.5, 1.0), (1, 0.4, 0.8))]
-    for leg in legs:
-        brush.limb(leg, 6.4 * wide, skin)
-        brush.dot(leg[2][0] + 1.2 * side, 2.2, 5, 2.9, person["shoes"])
-
-    def below(cut):
-        if person["clothes"] == 0:
-            hem = 8 if person["down"] == 0 else 34
-            return cut.shape([(-waist, 62), (waist, 62), (hip + 7, hem), (-hip - 7, hem)], 255)
-        for leg in legs:
-            trouser = [leg[0], leg[1], (leg[2][0], 7)] if person["down"] == 0 else [leg[0], (leg[1][0], 33)]
-            cut.limb(trouser, 8.6 * wide, 255)
-        cut.box(-hip, 48, hip, 60, 255, 3)
-    garment(person["bottom"], below)
-
-    arms = [[(k * (shoulder - 1.5), 85), (k * (shoulder + 3), 70), (k * (shoulder + 2 + swing), 55)] for k in (-1, 1)]
-    for arm in arms:
-        brush.limb(arm, 4.8, skin)
-    brush.dot(lean * 0.6, 91, 3.4, 5, skin)
-
-    def above(cut):
-        for arm in arms:
-            cut.limb(arm if person["up"] == 0 else [arm[0], (arm[1][0], 75)], 6.2, 255)
-        half = [(shoulder * 0.6, 91), (shoulder, 86), (waist, 66), (hip, 53)]
-        cut.shape(half + [(-x, y) for x, y in reversed(half)], 255)
-    garment(person["top"], above)
-
-    brush.dot(lean, 101, 6.6, 8.2, skin)
-    if back:
-        brush.dot(lean, 101.8, 7.2, 8.2, hair)
-        if person["hair"]:
-            brush.box(lean - 7.6, 78, lean + 7.6, 104, hair, 5)
-    else:
-        brush.cap(lean, 103, 7.2, 8, 175, hair)
-        for k in (-1, 1):
-            brush.dot(lean + k * 2.5 + side * 0.8, 101, 0.9, 1.1, (30, 26, 26))
-            if person["hair"]:
-                brush.box(lean + k * 8, 84, lean + k * 5.2, 104, hair, 1.2)
-    if person["hat"]:
-        brush.cap(lean, 105.5, 8, 9.5, 180, person["hat_colour"])
-        brush.box(lean - 10, 104, lean + 10, 106.5, person["hat_colour"], 1)
-    if person["backpack"] and back:
-        brush.box(-8.5 * wide, 60, 8.5 * wide, 89, person["pack_colour"], 4)
-        brush.box(-5.5 * wide, 63, 5.5 * wide, 72, darker(person["pack_colour"], 0.7), 2)
-    elif person["backpack"]:
-        for k in (-1, 1):
-            brush.limb([(k * 7 * wide, 90), (k * 7.4 * wide, 66)], 2.6, person["pack_colour"])
-    if person["bag"]:
-        brush.limb([(-side * shoulder * 0.7, 90), (side * hip, 56)], 1.8, person["bag_colour"])
-        brush.box(side * (hip - 3), 46, side * (hip + 8), 58, person["bag_colour"], 1.5)
-    if person["handbag"]:
-        x, y = arms[int(side < 0)][2]
-        brush.pen.arc(brush.at((x - 4, y + 1), (x + 4, y - 9)), 180, 360, person["handbag_colour"], 4)
-        brush.shape([(x - 4.5, y - 4), (x + 4.5, y - 4), (x + 6, y - 14), (x - 6, y - 14)], person["handbag_colour"])
-    if old:
-        brush.limb([(arms[1][2][0] + 2, 56), (arms[1][2][0] + 4, 2)], 1.6, (92, 66, 44))
-    if random.rand() < 0.14:  # something in the way: a post, or a passer-by
-        colour = tuple(random.randint(50, 200, 3).tolist())
-        if random.rand() < 0.5:
-            place.box((at := random.uniform(4, 60)), 0, at + random.uniform(3, 6), 128, colour)
-        else:
-            place.dot(random.choice([-6, 70]), random.uniform(18, 58), 17, 46, colour)
-
-    picture = picture.resize((64, 128), Image.Resampling.BOX)
-    picture = picture.filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
-    pixels = np.asarray(picture, np.float64) * np.array(light) * random.uniform(0.88, 1.12)
-    pixels += random.normal(0, 4, pixels.shape)
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
+    pixels = np.asarray(picture) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def darker(colour, factor):
-    """A colour with each channel times `factor`."""
-    return tuple(int(v * factor) for v in colour)
+def body_parts(person, random):
+    """A person in a pose, from the front or the back: colour, thickness and points of what to draw, in that order.
+
+    A part is a polygon with a round border so thick; two points make it a line. x is from the middle, y from the feet:
+    the neck is at 90, the crown at 112.
+    """
+    wide, skin, hair, tops, bottoms = (person[k] for k in ("build", "skin", "strands", "upcolors", "downcolors"))
+    shoes, hat, pack, bag, handbag = person["things"]
+    shoulder, waist, hip = wide * np.array((10.4, 7, 10) if person["gender"] else (12.8, 10, 9.2))
+    head = 4 if person["age"] == 3 else 0  # x: the old stoop
+    hand, stride, hem = shoulder + random.uniform(-2, 4), random.uniform(0, 6), 32 if person["down"] else 7
+    foot, cuff = (4.6 * wide + stride * (54 - y) / 50 for y in (4, hem))
+    inner, outer = (cuff - 4.2 * wide, cuff + 4.6 * wide) if person["clothes"] else (0, hip + 6)
+    arm = [(shoulder - 3, 84.5), (shoulder + 0.5, 74), (hand, 58)]
+
+    def cloth(colours, *outline):
+        """Bands of colour, from the first (left, right, y) of a garment's outline down to the last."""
+        at = np.linspace(0, len(outline) - 1, len(colours) + 1)
+        edges = np.transpose([np.interp(at, range(len(outline)), values) for values in zip(*outline)])
+        return [(colour, 0, (a, y), (b, y), (d, z), (c, z))
+                for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
+
+    # One half of the body, and its mirror image: leg and shoe, lower garment, arm and sleeve, upper garment.
+    half = [(skin, 6 * wide, (4.6 * wide, 54), (foot, 4)), (shoes, 5, (foot - 0.5, 2.5), (foot + 2, 2)),
+            *cloth(bottoms, (0, hip, 56), (inner, outer, hem)),
+            (skin, 4.6 * wide, *arm, (hand, 54)), (tops[0], 6.2 * wide, *arm[:3 - person["up"]]),
+            *cloth(tops, (0, 4.5, 91), (0, shoulder - 1.5, 87), (0, waist, 66), (0, hip, 52))]
+    body = [(colour, thick, *((k * x, y) for x, y in points)) for k in (-1, 1) for colour, thick, *points in half]
+    layers = [  # from back to front or, seen from behind, the other way round; a list times 0 is empty
+        [(hair, 16, (head, 103), (head, 83))] * person["hair"],
+        [(pack, 18 * wide, (0, 80), (0, 68)), (tinted(pack, 0.75), 7, (-2.5, 66), (2.5, 66))] * person["backpack"],
+        [*body, (skin, 5.5, (0, 90), (head, 96)), (hair, 16, (head, 101), (head, 104))],
+        [(pack, 2.6, (x * wide, 89), (x * wide, 66)) for x in (-6.5, 6.5)] * person["backpack"],
+        [(skin, 12.6, (head, 98.5), (head, 101)),
+         *((RGB["black"], 1.9, (head + x, 100.7), (head + x, 101.3)) for x in (-1.6, 3.4))],
+    ][::random.choice([-1, 1], p=[0.45, 0.55])] + [
+        [(hat, 13, (head - 2, 107), (head + 2, 107)), (hat, 2.6, (head - 9, 105), (head + 9, 105))] * person["hat"],
+        [(bag, 1.8, (shoulder * 0.6, 89), (-hip, 57)),
+         (bag, 0, (-hip - 7, 58), (3 - hip, 58), (3 - hip, 46), (-hip - 7, 46))] * person["bag"],
+        [(handbag, 0, (hand, 55), (hand - 6, 45), (hand - 7, 34), (hand + 7, 34), (hand + 6, 45))] * person["handbag"],
+    ]
+    return sum(layers, [])
+
+
+def tinted(colour, factor=1.0):
+    """A colour with each channel times `factor`, as Pillow takes it."""
+    return tuple(int(v) for v in np.clip(np.multiply(colour, factor), 0, 255))

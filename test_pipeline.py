@@ -943,6 +943,14 @@ def test_only_the_same_data_and_stage_1_are_resumed(market, trained, tmp_path, r
     run(par, *short_run(par, root, trained), trained.par, "--resume", error="par.last is of a run with another data set")
 
 
+def test_stage_1_learns_drawn_people(tmp_path, run):
+    """Clothes' lengths and colours are plain to see: a few steps must beat always naming the commonest class."""
+    common.draw_market(tmp_path, 60, 4, seed=3)
+    out, _ = run(par, "--data", tmp_path, *QUICK, "--epochs", 10, "--batch", 16, "--lr", "1e-2", "--size", "64x32")
+    rows = {row[0]: [float(v) for v in row[1:]] for row in table_of(out, "o.pt on validation", 13)}
+    assert rows["Global"][2] > rows["Global"][3] + 10 and rows["Upcolor"][2] > rows["Upcolor"][3] + 10
+
+
 def test_as_a_user_runs_it_and_one_seed_gives_the_same_bits(market, tmp_path, monkeypatch, as_users_have_it):
     """The scripts themselves, in processes of their own, and the same runs in this one: the same weights to the bit."""
     shutil.copytree(market, tmp_path / "Market-1501-demo")
