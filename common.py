@@ -21,7 +21,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -134,7 +133,8 @@ def read_annotations(root, half):
     except ImportError:
         raise UserError(f"{source} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
     except Exception as error:  # NumPy and SciPy raise a dozen types on a damaged file
-        raise UserError(f"{source} cannot be read as annotations ({type(error).__name__}: {error}).") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{source} cannot be read as annotations ({reason}).") from None
 
     def column(name, highest):
         if name not in columns or f"{name}_1" in columns:  # NumPy's name for the second of two
@@ -181,8 +181,10 @@ def read_image(path):
     """Read an image of any format that Pillow knows: uint8 [3, h, w], upright, transparency laid on white."""
     try:
         with Image.open(path) as image:
-            if image.info.get("Software") == SOFTWARE or image.mode[0] in "IF":
-                raise ValueError("drawn by these scripts" if "Software" in image.info else "more than 8 bits a channel")
+            if image.info.get("Software") == SOFTWARE:
+                raise ValueError("drawn by these scripts")
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -196,32 +198,33 @@ def read_user_images(paths, size):
 
     What cannot be read is named on stderr and left out; UserError if nothing is left.
     """
-    def skip(error):
-        text = str(error) if isinstance(error, UserError) else f"{error.filename} cannot be read ({error.strerror})."
-        print("Skipped:", *text.splitlines(), file=sys.stderr)  # a file's name can hold a newline
+    def unreadable(error):
+        print(f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr)
 
     def read(path):
         try:
             return resize(read_image(path), list(size), antialias=True)
         except UserError as error:
-            skip(error)
+            return error
 
     files, names, pixels = [], [], bytearray()  # that grows in place: a list, to be stacked, would take memory twice
     for path in map(Path, paths):
-        walk = [] if path.is_file() else os.walk(path, onerror=skip)
+        walk = [] if path.is_file() else os.walk(path, onerror=unreadable)
         inside = sorted(Path(folder, name) for folder, _, found in walk for name in found)
-        files += [path] if path.is_file() else [p for p in inside if p.name.lower() not in IGNORED and not any(
-            part[0] == "." for part in p.relative_to(path).parts)]
+        files += [path] if path.is_file() else [p for p in inside if p.is_file() and p.name.lower() not in IGNORED
+                                                and not any(part[0] == "." for part in p.relative_to(path).parts)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for k, (path, crop) in enumerate(zip(files, pool.map(read, files)), 1):
             progress(f"reading {k} of {len(files)}" * (k < len(files)))
-            if crop is not None:
-                names.append(str(path))
-                pixels += crop.numpy().tobytes()
+            if isinstance(crop, UserError):
+                print("Skipped:", *str(crop).splitlines(), file=sys.stderr)  # a file's name can hold a newline
+                continue
+            names.append(str(path))
+            pixels += crop.numpy().tobytes()
     if not names:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
-    unknown = torch.zeros(len(names), dtype=torch.int64)
-    return Market(torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, *size), unknown, unknown, unknown, names)
+    images, unknown = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, *size), torch.zeros(len(names)).long()
+    return Market(images, unknown, unknown, torch.full((len(names), len(ATTRIBUTES)), -1), names)
 
 
 def split_identities(person_ids, fraction=0.6, seed=0):
@@ -436,13 +439,13 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         record["metrics"] = list(figures)
         scores = [row[record["metrics"][0]] for row in record["epochs"]]
         record["best epoch"] = scores.index(max(scores)) + 1
-        write_record(out, record)
         checkpoint["model"] = model.state_dict()
         if record["best epoch"] == epoch:
             best = checkpoint | copy.deepcopy({"record": record, "model": checkpoint["model"]})
         save_checkpoint(out.with_suffix(".last"), checkpoint | {
             "best": best, "moments": optimizer.state_dict()["state"], "generator": generator.get_state(),
             "random": {device.type: random.get_rng_state()}})
+        write_record(out, record)  # if no other run has begun to write there
         if record["best epoch"] == epoch:
             save_checkpoint(out, best)
         told = ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * (record["best epoch"] == epoch)
@@ -514,7 +517,8 @@ def load_last(out, checkpoint):
                 flag = f"--{name}" if kind == "arguments" else name
                 raise UserError(f"{path} is of a run with another {flag}: resume with that, or start without --resume.")
     record.update(last["record"])
-    write_record(out, record)  # if what is there is this run's
+    if not is_own(out, record):
+        set_aside(out)
     save_checkpoint(out, last["best"])
     print(f"Going on after epoch {len(record['epochs'])}.")
     return last
@@ -522,16 +526,21 @@ def load_last(out, checkpoint):
 
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
-    k = next(k for k in ("", *range(2, 10**4)) if not any(
-        out.with_suffix(f".old{k}{end}").exists() for end in (".pt", ".json")))
-    for path in filter(Path.exists, (out.with_suffix(".json"), out)):
-        print(f"{path} of an earlier run is now {path.rename(path.with_suffix(f'.old{k}{path.suffix}'))}.")
+    k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
+    for path in filter(Path.exists, (out.with_suffix(".json"), out)):  # if cut off between them, they meet again later
+        print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
+
+
+def is_own(out, record):
+    """Whether the record beside `out` is of this run, and so is `out`."""
+    path = out.with_suffix(".json")
+    return path.exists() and record["run"].encode() in path.read_bytes()
 
 
 def write_record(out, record):
     """Write the run's record beside its checkpoint, as JSON; UserError where another run has begun to write there."""
     path = out.with_suffix(".json")
-    if path.exists() and record["run"].encode() not in path.read_bytes():
+    if path.exists() and not is_own(out, record):
         raise UserError(f"{path} is another run's by now, so this one ends: give each run an --out of its own.")
     record["peak_memory_MB"] = peak_memory()
     text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", json.dumps(record, indent=1))  # a line per epoch, not per figure
@@ -568,8 +577,12 @@ def check_output(path, suffix):
     """Make the folder of `path` and try to write in it: better before the work than after."""
     if path.is_dir() or path.suffix != suffix:
         raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (probe := path.with_name(f".{path.name}.{os.getpid()}.tmp")).touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 
 
 def save_checkpoint(path, checkpoint):
@@ -645,6 +658,8 @@ def shared_flags(parser, epochs, lr, out):
 def start(args, source=None, checkpoint=None, data=True):
     """Settle what --device, --size, --data and --weights leave open, say so, and begin the run's record: -> that dict.
     A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
+    if not args.out.name:
+        raise UserError(f"--out {args.out} is no name for a file.")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")
@@ -704,6 +719,7 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     args, code = parser.parse_args(), 2
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by who started this
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:

@@ -13,6 +13,7 @@
 Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,7 +366,7 @@ def train(args, record, stage_1, market, split, state):
     seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
     if len(seen) == len(seen.unique()):
         raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
-    record["seconds"] = dict(record["seconds"])
+    record = copy.deepcopy(record)
     with common.timed(record["seconds"], "clustering"):
         clusters = torch.zeros_like(rows) if args.negatives == "random" else \
             cluster_histograms(market.images[rows], args.clusters, args.seed)
@@ -680,11 +681,11 @@ def main(args):
     record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": origin}
     split = common.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
         common.split_identities(market.person_ids, seed=args.seed)
-    results = train(args, dict(record), checkpoint, market, split, state)
+    results = train(args, record, checkpoint, market, split, state)
     if args.compare:
         own = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
         record["fingerprints"] = record["fingerprints"] | {"stage 1": None}
-        plain = train(own, dict(record), None, market, split, state)
+        plain = train(own, record, None, market, split, state)
         common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
                      [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
                       for protocol in results])
