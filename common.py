@@ -181,10 +181,8 @@ def read_image(path):
     """Read an image of any format that Pillow knows: uint8 [3, h, w], upright, transparency laid on white."""
     try:
         with Image.open(path) as image:
-            if image.info.get("Software") == SOFTWARE:
-                raise ValueError("drawn by these scripts")
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")
+            if (own := image.info.get("Software") == SOFTWARE) or image.mode[0] in "IF":
+                raise ValueError("drawn by these scripts" if own else "more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -198,9 +196,6 @@ def read_user_images(paths, size):
 
     What cannot be read is named on stderr and left out; UserError if nothing is left.
     """
-    def unreadable(error):
-        print(f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr)
-
     def read(path):
         try:
             return resize(read_image(path), list(size), antialias=True)
@@ -209,7 +204,8 @@ def read_user_images(paths, size):
 
     files, names, pixels = [], [], bytearray()  # that grows in place: a list, to be stacked, would take memory twice
     for path in map(Path, paths):
-        walk = [] if path.is_file() else os.walk(path, onerror=unreadable)
+        walk = [] if path.is_file() else os.walk(path, onerror=lambda error: print(
+            f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr))
         inside = sorted(Path(folder, name) for folder, _, found in walk for name in found)
         files += [path] if path.is_file() else [p for p in inside if p.is_file() and p.name.lower() not in IGNORED
                                                 and not any(part[0] == "." for part in p.relative_to(path).parts)]
@@ -439,13 +435,13 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         record["metrics"] = list(figures)
         scores = [row[record["metrics"][0]] for row in record["epochs"]]
         record["best epoch"] = scores.index(max(scores)) + 1
+        write_record(out, record)  # if no other run has begun to write there
         checkpoint["model"] = model.state_dict()
         if record["best epoch"] == epoch:
             best = checkpoint | copy.deepcopy({"record": record, "model": checkpoint["model"]})
         save_checkpoint(out.with_suffix(".last"), checkpoint | {
             "best": best, "moments": optimizer.state_dict()["state"], "generator": generator.get_state(),
             "random": {device.type: random.get_rng_state()}})
-        write_record(out, record)  # if no other run has begun to write there
         if record["best epoch"] == epoch:
             save_checkpoint(out, best)
         told = ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * (record["best epoch"] == epoch)

@@ -80,11 +80,11 @@ def call(module, *arguments):
 @pytest.fixture
 def run(market, tmp_path, capsys):
     """To run a command on `market`, with --out o.pt: -> (out, err). It must end well or, if given, in this error."""
-    def run(module, *arguments, error=None):
+    def run(module, *arguments, error=None, code=2):
         capsys.readouterr()
-        code = call(module, "--data", market, "--out", tmp_path / "o.pt", *arguments)
+        end = call(module, "--data", market, "--out", tmp_path / "o.pt", *arguments)
         out, err = capsys.readouterr()
-        assert code == (2 if error else 0), err
+        assert end == (code if error else 0), err
         assert not error or error in err.splitlines()[-1] and (err[-2:] == ".\n" or err.startswith("usage: ")), err
         return out, err
     return run
@@ -234,10 +234,9 @@ def test_odd_files_sizes_and_kinds_are_read_and_others_named(tmp_path):
         assert read.shape == (3, 64, 32) and np.abs(read.numpy() - values).max() <= 6, name
     Image.new("RGBA", (10, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")  # transparency is laid on white
     assert (common.read_image(tmp_path / "clear.png") == 255).all()
-    for dtype, name in ((np.uint16, "16 bits.png"), (np.float32, "float.tif")):
-        Image.fromarray(values.astype(dtype)).save(tmp_path / name)
-        with pytest.raises(UserError, match=f"{name} is not a readable image .more than 8 bits a channel"):
-            common.read_image(tmp_path / name)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16 bits.png")
+    with pytest.raises(UserError, match="16 bits.png is not a readable image .more than 8 bits a channel"):
+        common.read_image(tmp_path / "16 bits.png")
 
 
 def test_split_is_by_identity_and_seeded():
@@ -374,7 +373,6 @@ def test_score_equals_counting():
 def test_activation_maps_add_up_to_the_logits_which_must_be_finite(trained, market):
     model, crops = par.load(CPU, torch_load(trained.par)), common.load_market(market, "query").images[:5]
     maps, logits = par.activation_maps(model, crops, par.predict(model, crops)), common.infer(model, crops)
-    assert maps.shape == (5, 12, 4, 2)
     for k, z in enumerate(logits.split(SIZES, 1)):
         best, which = z.max(1)
         assert torch.allclose(maps[:, k].mean((1, 2)) + model.heads[k][1].bias[which], best, atol=1e-4)
@@ -398,8 +396,7 @@ def test_clusters_group_crops_by_colour():
     palette = torch.tensor([[200, 20, 20], [20, 200, 20], [20, 20, 200], [200, 200, 200]])
     images = (palette[colour][:, :, None, None] + torch.randint(-15, 16, (80, 3, 32, 16), generator=generator)).byte()
     clusters = reid.cluster_histograms(images, 4, seed=0)
-    assert clusters.dtype == torch.int64 and clusters.shape == (80,) and len(clusters.unique()) == 4
-    assert all(len(clusters[colour == c].unique()) == 1 for c in range(4))
+    assert len(clusters.unique()) == 4 and all(len(clusters[colour == c].unique()) == 1 for c in range(4))
     assert torch.equal(clusters, reid.cluster_histograms(images, 4, seed=0))
     assert reid.cluster_histograms(images[:3], 100).max() < 3
     assert (reid.cluster_histograms(images[:1].expand(9, -1, -1, -1), 4) == 0).all()
@@ -513,8 +510,8 @@ def test_the_reports_protocol_ranks_all_others(monkeypatch):
             distances = (crops.features[q] - crops.features[others]).norm(dim=1)[None]
             totals.append(brute_force(distances, crops.ids[one], crops.cameras[one], crops.ids[others],
                                       crops.cameras[others], None, cross_camera)["mAP"])
-        assert scores["mAP"] == pytest.approx(np.nanmean(totals), abs=1e-9)
-        assert scores["queries"] == 60 - np.isnan(totals).sum()
+        expected = np.nanmean(totals), np.isfinite(totals).sum()
+        assert (scores["mAP"], scores["queries"]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_threshold_never_raises_map_and_returns_what_it_says():
@@ -570,7 +567,7 @@ def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
     assert reid.tune_hamming(crops) == int(np.argmax(maps)) == 1 and maps[1] > maps[12] + 0.1
 
 
-# ------------------------------------------------------------------------------------------------------- the commands
+# ---------------------------------------------------------------------------------------------- the commands, the loop
 
 
 def table_of(text, title="Nearest to", rows=None):
@@ -578,7 +575,7 @@ def table_of(text, title="Nearest to", rows=None):
     return [line.split() for line in text[text.index(title):].split("\n\n")[0].splitlines()[2:]][:rows]
 
 
-def test_stage_1_trains_and_writes_checkpoint_record_and_curves(trained):
+def test_both_stages_write_checkpoint_record_and_curves(trained):
     record, saved = record_of(trained.par), common.load_checkpoint(trained.par, "par")
     assert [row["epoch"] for row in record["epochs"]] == [1, 2, 3] and record["arguments"]["loss"] == "wce"
     assert {"loss", "lr", "seconds", "images_per_second", "f1", "accuracy"} <= set(record["epochs"][0])
@@ -588,8 +585,13 @@ def test_stage_1_trains_and_writes_checkpoint_record_and_curves(trained):
     assert set(f1) == {*ATTRIBUTES, "global"} and f1["global"] == pytest.approx(best["f1"], abs=1e-4)
     assert saved["record"]["run"] == record["run"] and record["best epoch"] == best["epoch"]
     assert torch.cat([saved["train_ids"], saved["validation_ids"]]).sort()[0].tolist() == [*range(1, 11)]
-    picture = Image.open(trained.par.with_suffix(".png"))
-    assert picture.size == (2 * 2 * 560, 2 * 330) and picture.info["Software"] == common.SOFTWARE
+    stage_2, final = torch_load(trained.reid), record_of(trained.reid)["final"]["validation"]
+    assert torch.equal(saved["train_ids"], stage_2["train_ids"])
+    assert all(torch.equal(v, stage_2["attributes"][k]) for k, v in saved["model"].items())
+    best = max(row["mAP"] for row in record_of(trained.reid)["epochs"])
+    assert final["across cameras"]["none"]["mAP"] == pytest.approx(best, abs=1e-6) and "all cameras" in final
+    pictures = [Image.open(path.with_suffix(".png")) for path in (trained.par, trained.reid)]
+    assert [p.size for p in pictures] == [(2240, 660), (2240, 1320)] and pictures[0].info["Software"] == common.SOFTWARE
     assert {p.name for p in trained.folder.iterdir()} == {
         f"{kind}.{end}" for kind in ("par", "reid") for end in ("pt", "last", "json", "png")}
 
@@ -644,15 +646,6 @@ def test_the_four_losses_side_by_side(tmp_path, run):
         assert [row[k] for row in rows] == [f"{100 * v:.2f}" for v in record["final"]["validation"]["f1"].values()]
 
 
-def test_stage_2_keeps_stage_1_and_writes_everything(trained):
-    stage_1, stage_2, record = torch_load(trained.par), torch_load(trained.reid), record_of(trained.reid)
-    assert torch.equal(stage_1["train_ids"], stage_2["train_ids"])
-    assert all(torch.equal(v, stage_2["attributes"][k]) for k, v in stage_1["model"].items())
-    final, best = record["final"]["validation"], max(row["mAP"] for row in record["epochs"])
-    assert final["across cameras"]["none"]["mAP"] == pytest.approx(best, abs=1e-6) and "all cameras" in final
-    assert Image.open(trained.reid.with_suffix(".png")).size == (2 * 2 * 560, 2 * 2 * 330)  # with figure 3
-
-
 def test_stage_2_exports_and_scores_the_test_set_and_shows_it_from_best_to_worst(trained, market, tmp_path, run):
     run(reid, "--eval", trained.reid, "--embed", tmp_path / "f.npz")
     arrays, model = dict(np.load(tmp_path / "f.npz")), reid.load(CPU, torch_load(trained.reid))[0]
@@ -661,7 +654,6 @@ def test_stage_2_exports_and_scores_the_test_set_and_shows_it_from_best_to_worst
         assert arrays[f"{part}_names"].tolist() == data.names and np.array_equal(arrays[f"{part}_ids"], data.person_ids)
         assert np.array_equal(arrays[f"{part}_cameras"], data.camera_ids)
         assert np.allclose(arrays[f"{part}_features"], common.infer(model, data.images), atol=1e-5)
-
     out, _ = run(reid, "--eval", trained.reid, "--hamming", 3, "--threshold", 1.5, "--show", 3)
     assert "distance < 1.500" in out and "at most 3 of 12" in out and f"| {trained.reid}\n" in out
     q, g, *sides = (torch.from_numpy(arrays[k]) for k in (
@@ -680,10 +672,9 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     folder, checkpoint = shutil.copytree(market / "query", tmp_path / "mine"), torch_load(trained.reid)
     arguments = ("--eval", trained.reid, "--gallery", folder, "--out", folder / "r.pt", "--top")
     out, _ = run(reid, *arguments, 4, "--search", folder)
-    images, curve, networks = common.read_user_images([market / "query"], (64, 32)), checkpoint["distances"], reid.load(
-        CPU, checkpoint)
+    images, networks = common.read_user_images([market / "query"], (64, 32)), reid.load(CPU, checkpoint)
     crops, names = reid.embed(*networks, images), [Path(name).name for name in images.names]
-    distances = torch.cdist(crops.features, crops.features)
+    distances, curve = torch.cdist(crops.features, crops.features), checkpoint["distances"]
     alike = (crops.attributes[:, None] == crops.attributes).sum(2)
     yes, recall = reid.same_person(curve), reid.rates(curve)[1]
     near, far = curve["edges"][yes + 1], curve["edges"][max(yes, (recall < 0.95).sum().item()) + 1]
@@ -693,7 +684,6 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
             assert d == pytest.approx(distances[q, g].item(), abs=0.002) and int(row[3]) == alike[q, g] and g != q
             assert d == pytest.approx(distances[q].sort()[0][k].item(), abs=0.002)  # 0 is the query itself
             assert row[0] == str(k) and row[2] == ("yes" if d < near else "unsure" if d < far else "no")
-
     out, err = run(reid, *arguments, 3, "--search", market / "query" / names[3])
     assert table_of(out)[0] == ["1", "0.000", "yes", "12", "of", "12", str(folder / names[3])]  # a copy of the query
     assert f"Skipped: {folder / 'search.png'} is not a readable image (drawn by these scripts)" in err
@@ -729,9 +719,6 @@ def test_stage_2_and_its_embeddings_do_without_annotations(market, tmp_path, run
         for path in root.glob("*.csv"):
             path.unlink()
     assert np.array_equal(*features) and len(features[0]) > 60
-
-
-# ----------------------------------------------------------------------------------------------------------- the loop
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -785,7 +772,6 @@ def check_same_run(first, second):
     for end in (".pt", ".last"):
         ours, theirs = (torch_load(path.with_suffix(end)) for path in (first, second))
         assert all(torch.equal(v, theirs["model"][k]) for k, v in ours["model"].items())
-        assert ours["record"]["best epoch"] == theirs["record"]["best epoch"]
     assert torch.equal(ours["generator"], theirs["generator"])
     assert all(torch.equal(v, theirs["moments"][k][m]) for k in ours["moments"] for m, v in ours["moments"][k].items())
     records = [record_of(path) for path in (first, second)]
@@ -795,16 +781,14 @@ def check_same_run(first, second):
 
 
 @pytest.mark.parametrize("module, owner, name, at", [
-    (par, par, "attribute_loss", 6), (reid, reid, "triplet_loss", 6), *((par, common, "write_whole", k) for k in (3, 4, 5, 6))])
-def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(module, owner, name, at, market, trained, tmp_path,
-                                                          monkeypatch, capsys, run):
-    """Stopped in epoch 2, or between the three files that each epoch writes."""
+    (par, par, "attribute_loss", 6), (reid, reid, "triplet_loss", 6),
+    *((par, common, "write_whole", at) for at in range(3, 7))])
+def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market, trained, tmp_path, monkeypatch, run):
+    """Stopped by Ctrl-C in epoch 2, or between the three files that each epoch writes."""
     script, arguments, out = module.__name__, short_run(module, market, trained), tmp_path / "cut.pt"
     with monkeypatch.context() as patch:
         before_call(patch, owner, name, at)
-        assert call(module, *arguments, out) == 130
-    assert capsys.readouterr().err == \
-        f"{script}.py: stopped; the same command with --resume goes on after the last whole epoch.\n"
+        run(module, *arguments, out, code=130, error=f"{script}.py: stopped; the same command with --resume goes on")
     run(module, *arguments, out, "--seed", 1, "--resume", error="cut.last is of a run with another --seed: resume with")
     monkeypatch.chdir(market)
     monkeypatch.setattr(common, "backbone_weights", None)  # resuming does not take them
@@ -813,8 +797,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(module, owner, name, a
     assert "epoch  3/3" not in run(module, *arguments, out, "--resume")[0]  # it has ended
     check_same_run(getattr(trained, script), out)
     before_call(monkeypatch, common, "load_market", 1)
-    assert call(module, "--data", market, "--ev", out) == 130  # argparse takes that for --eval
-    assert capsys.readouterr().err == f"{script}.py: stopped.\n"
+    run(module, "--ev", out, code=130, error=f"{script}.py: stopped.")  # argparse takes that for --eval
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
@@ -899,8 +882,7 @@ def test_as_a_user_runs_it_and_one_seed_gives_the_same_bits(market, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     end = subprocess.run([sys.executable, HERE / "par.py", *QUICK], capture_output=True, text=True)
     assert end.returncode == 0 and end.stdout.startswith("DEMO SET") and "\r" not in end.stdout + end.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "Market-1501-demo", *(f"par_best.{suffix}" for suffix in ("pt", "last", "json", "png"))}
+    assert sorted(os.listdir()) == ["Market-1501-demo", "par_best.json", "par_best.last", "par_best.png", "par_best.pt"]
     assert call(par, *QUICK, "--out", "b.pt") == 0
     assert all(call(reid, *QUICK, "--init", "b.pt", "--out", name) == 0 for name in ("c.pt", "d.pt"))
     check_same_run(Path("par_best.pt"), Path("b.pt"))
@@ -929,25 +911,21 @@ def test_without_data_the_demo_set_is_drawn_once_and_whole(meanwhile, ends, peop
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_both_stages_on_an_accelerator(device, tmp_path, run, as_users_have_it):
+def test_both_stages_on_an_accelerator_with_graph_and_plain_steps(device, tmp_path, monkeypatch, run, as_users_have_it):
     if not (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()):
         pytest.skip(f"needs a {device} device")
-    run(par, *QUICK[:4], "--device", device)
+
+    def losses():
+        run(par, *QUICK[:4], "--epochs", 3, "--device", device)
+        return [row["loss"] for row in record_of(tmp_path / "o.pt")["epochs"]]
+    first = losses()
     run(reid, *QUICK[:4], "--device", device, "--init", tmp_path / "o.pt", "--out", tmp_path / "r.pt")
     here, there = (run(reid, "--device", name, "--eval", tmp_path / "r.pt")[0] for name in (device, "cpu"))
     assert float(table_of(here, "test set")[0][1]) == pytest.approx(float(table_of(there, "test set")[0][1]), abs=3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
-def test_graph_plain_steps_and_crops_on_the_host_train_alike_on_cuda(tmp_path, monkeypatch, run, as_users_have_it):
-    def losses():
-        run(par, *QUICK[:4], "--epochs", 3, "--device", "cuda")
-        return [row["loss"] for row in record_of(tmp_path / "o.pt")["epochs"]]
-    graph = losses()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))  # so that the crops stay on the host
-    assert losses() == pytest.approx(graph, rel=0.02)  # cuDNN's sums differ from run to run
+    assert losses() == pytest.approx(first, rel=0.02)  # cuDNN's sums differ from run to run
     monkeypatch.setattr(common, "graphed", lambda step: step)
-    assert losses() == pytest.approx(graph, rel=0.02)
+    assert losses() == pytest.approx(first, rel=0.02)
 
 
 # --------------------------------------------------------------------------------------------------------- the errors
@@ -991,9 +969,7 @@ BROKEN_DATA = [  # what the annotations hold or what their second identity has, 
     (lambda root: crops_of(root)[0].write_bytes(b""), "is not a readable image"),
     (Path("-1_c1s1_000025_01.jpg"), "shows no identity (0 or -1): move it away"),
     (Path("notes.txt"), "notes.txt is not named like a crop of Market-1501"),
-    (Path("0001_s1_000025_01.jpg"), "is not named like a crop of Market-1501"),
     (Path(f"{10**20}_c1s1_000025_01.jpg"), "is not named like a crop of Market-1501"),
-    (lambda root: crops_of(root)[0].write_bytes(crops_of(root)[0].read_bytes()[:900]), "is not a readable image"),
     (lambda root: [path.write_bytes(b"") for path in crops_of(root)], "is not a readable image"),
     (lambda root: (root / "bounding_box_train" / "0001_c9s1_1_01.jpg").mkdir(), "is not a readable image"),
     (lambda root: [path.unlink() for path in root.glob("*.csv")], "has no annotations: annotations_train.csv or"),
@@ -1024,8 +1000,7 @@ par --size 0x64: 0x64 is not HEIGHTxWIDTH, each from 32 to 1024
 par --lr=-1e-3: -1e-3 is not a number from 1e-12
 reid --threshold far: argument --threshold: invalid
 reid --init T/par.pt --eval T/reid.pt: not allowed with argument --init
-par --predict N: --predict PATH... needs --eval FILE
-par --eval T/par.pt --sheet: --sheet and --maps go with --predict PATH
+par --predict N: --predict PATH... needs --eval FILE, and --sheet and --maps go with --predict
 par --eval T/par.pt --predict N: No image could be read from
 reid --compare: so it needs --init FILE, a checkpoint of par.py
 reid --embed N/x.npz: --embed needs --eval FILE
@@ -1056,9 +1031,8 @@ def test_broken_arguments_are_named_in_a_sentence(case, trained, tmp_path, run):
     pairs, (script, *words), sentence = list(ATTRIBUTES.items()), case.split(": ")[0].split(), case.split(": ", 1)[1]
     for name, version, classes in (("older", 1, pairs), ("swapped", 2, pairs[1::-1] + pairs[2:])):  # age and gender
         torch.save({"version": version, "classes": classes, "kind": "par"}, tmp_path / name)
-    for name, content in {"cut": trained.par.read_bytes()[:9000], "text": b"hello",
-                          "code": b"\x80\x02cbuiltins\nprint\n."}.items():
-        (tmp_path / name).write_bytes(content)
+    for name, text in (("text", b""), ("code", b"\x80\x02cbuiltins\nprint\n."), ("cut", trained.par.read_bytes()[:99])):
+        (tmp_path / name).write_bytes(text)
     common.save_checkpoint(tmp_path / "without.pt", torch_load(trained.reid) | {"attributes": None})
     (tmp_path / "folder.pt").mkdir()
     folders, before = {"T": trained.folder, "N": tmp_path}, files_of(trained.folder)
@@ -1122,5 +1096,5 @@ def test_imagenet_weights_that_cannot_be_had_are_told_and_no_answer_is_waited_fo
         raise OSError(f"nobody answers within {socket.getdefaulttimeout()} seconds")
     monkeypatch.setattr(torch.hub, "urlopen", ask)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    run(par, "--weights", "imagenet", error="within 20 seconds): pass --weights none to start from random weights, or")
+    run(par, "--weights", "imagenet", error="within 20.0 seconds): pass --weights none to start from random weights")
     assert socket.getdefaulttimeout() is None
