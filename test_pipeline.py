@@ -588,8 +588,9 @@ def test_both_stages_write_checkpoint_record_and_curves(trained):
     stage_2, final = torch_load(trained.reid), record_of(trained.reid)["final"]["validation"]
     assert torch.equal(saved["train_ids"], stage_2["train_ids"])
     assert all(torch.equal(v, stage_2["attributes"][k]) for k, v in saved["model"].items())
-    best = max(row["mAP"] for row in record_of(trained.reid)["epochs"])
-    assert final["across cameras"]["none"]["mAP"] == pytest.approx(best, abs=1e-6) and "all cameras" in final
+    best, across = max(row["mAP"] for row in record_of(trained.reid)["epochs"]), final["across cameras"]
+    assert across["none"]["mAP"] == pytest.approx(best, abs=1e-6) and "all cameras" in final
+    assert across["both"]["length"] <= min(across[name]["length"] for name in ("threshold", "hamming"))
     pictures = [Image.open(path.with_suffix(".png")) for path in (trained.par, trained.reid)]
     assert [p.size for p in pictures] == [(2240, 660), (2240, 1320)] and pictures[0].info["Software"] == common.SOFTWARE
     assert {p.name for p in trained.folder.iterdir()} == {
@@ -782,7 +783,7 @@ def check_same_run(first, second):
 
 @pytest.mark.parametrize("module, owner, name, at", [
     (par, par, "attribute_loss", 6), (reid, reid, "triplet_loss", 6),
-    *((par, common, "write_whole", at) for at in range(3, 7))])
+    *((par, common, "write_whole", at) for at in (3, 4, 5, 6, 8, 9))])
 def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market, trained, tmp_path, monkeypatch, run):
     """Stopped by Ctrl-C in epoch 2, or between the three files that each epoch writes."""
     script, arguments, out = module.__name__, short_run(module, market, trained), tmp_path / "cut.pt"
@@ -932,8 +933,7 @@ def test_both_stages_on_an_accelerator_with_graph_and_plain_steps(device, tmp_pa
 
 
 def test_help_and_tables_and_axes_can_be_read(capsys, run):
-    for module in (par, reid):
-        lines = run(module, "--help")[0].splitlines()
+    for lines in (run(module, "--help")[0].splitlines() for module in (par, reid)):
         assert 40 < len(lines) < 67 and max(map(len, lines)) <= 100
     common.table("Title", ["", "figure", "word"], [["a\nb", "1e-05", "no"], ["c", 2.5, "yes"], ["d", math.nan, "no"]])
     assert capsys.readouterr().out == "\nTitle\n     figure  word\na b   1e-05  no\nc      2.50  yes\nd         -  no\n"
