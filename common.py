@@ -13,6 +13,7 @@ import copy
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -79,9 +81,8 @@ class Market:
 
     def fingerprint(self):
         """Of names, labels and pixels, for a run to tell whether it resumes on what it began with: a hex string."""
-        digest = hashlib.sha256(json.dumps(self.names).encode())
-        for tensor in (self.labels, self.images.permute(0, 2, 3, 1)):
-            digest.update(tensor.contiguous().numpy())
+        digest = hashlib.sha256(json.dumps([self.names, self.labels.tolist()]).encode())
+        digest.update(self.images.permute(0, 2, 3, 1).contiguous().numpy())
         return digest.hexdigest()
 
 
@@ -105,7 +106,8 @@ def load_market(root, part, size=(128, 64), annotated=True):
     if known and missing:
         raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
     labels = [known.get(i, [-1] * len(ATTRIBUTES)) for i in ids]
-    return Market(read_crops([folder / n for n in names], size), *map(torch.tensor, (ids, cameras, labels)), names)
+    crops, _ = read_crops([folder / n for n in names], size)
+    return Market(crops, *map(torch.tensor, (ids, cameras, labels)), names)
 
 
 def read_annotations(root, half):
@@ -157,10 +159,20 @@ def read_annotations(root, half):
     return dict(zip(ids, np.stack(codes, 1).tolist()))
 
 
-def read_crops(paths, size):
-    """Decode JPEG files in threads, up to 512 a call, where torchvision's decoder is fastest: uint8 [N, 3, H, W]."""
+def read_crops(paths, size, skip=False):
+    """Decode image files in threads: -> (uint8 [N, 3, H, W], the paths of these).
+
+    JPEGs go to torchvision's decoder up to 512 a call, where it is fastest; large ones, to save memory, few. What
+    cannot be read is a UserError or, with skip, named on stderr and left out.
+    """
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
-    count = max(1, 2**22 // max(2**13, *(path.stat().st_size for path in paths)))  # memory: large ones, few a call
+    count, failed = max(1, 2**22 // max([2**13, *(path.stat().st_size for path in paths)])), {}
+
+    def read_one(path):
+        try:
+            return read_image(path)
+        except UserError as error:
+            failed[path] = error
 
     def read(start):
         batch = paths[start:start + count]
@@ -168,13 +180,18 @@ def read_crops(paths, size):
             files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in batch]
             decoded = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
         except (RuntimeError, OSError, AttributeError):
-            decoded = map(read_image, batch)  # slower, but reads more, says what is wrong where, and is there to stay
+            decoded = map(read_one if skip else read_image, batch)  # slower, but reads more, and says what is wrong
         for i, crop in enumerate(decoded, start):
-            crops[i] = crop if crop.shape[1:] == size else resize(crop, list(size), antialias=True)
+            if crop is not None:
+                crops[i] = crop if crop.shape[1:] == size else resize(crop, list(size), antialias=True)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(0, len(paths), count)))
-    return crops
+        for k, _ in enumerate(pool.map(read, range(0, len(paths), count)), 1):
+            progress(f"reading {k * count} of {len(paths)}" * (k * count < len(paths)))
+    good = [i for i, path in enumerate(paths) if path not in failed]
+    for path in filter(failed.get, paths):
+        print("Skipped:", *str(failed[path]).splitlines(), file=sys.stderr)  # a file's name can hold a newline
+    return crops[good] if failed else crops, [paths[i] for i in good]
 
 
 def read_image(path):
@@ -192,35 +209,19 @@ def read_image(path):
 
 
 def read_user_images(paths, size):
-    """Read the user's own images, and all files in folders and their subfolders: -> Market of unknown people.
-
-    What cannot be read is named on stderr and left out; UserError if nothing is left.
-    """
-    def read(path):
-        try:
-            return resize(read_image(path), list(size), antialias=True)
-        except UserError as error:
-            return error
-
-    files, names, pixels = [], [], bytearray()  # that grows in place: a list, to be stacked, would take memory twice
+    """Read the user's own images, and all in folders and below, but for hidden ones: -> Market of unknown people."""
+    files = []
     for path in map(Path, paths):
         walk = [] if path.is_file() else os.walk(path, onerror=lambda error: print(
             f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr))
         inside = sorted(Path(folder, name) for folder, _, found in walk for name in found)
         files += [path] if path.is_file() else [p for p in inside if p.is_file() and p.name.lower() not in IGNORED
                                                 and not any(part[0] == "." for part in p.relative_to(path).parts)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for k, (path, crop) in enumerate(zip(files, pool.map(read, files)), 1):
-            progress(f"reading {k} of {len(files)}" * (k < len(files)))
-            if isinstance(crop, UserError):
-                print("Skipped:", *str(crop).splitlines(), file=sys.stderr)  # a file's name can hold a newline
-                continue
-            names.append(str(path))
-            pixels += crop.numpy().tobytes()
-    if not names:
+    crops, read = read_crops(files, size, skip=True)
+    if not read:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
-    images, unknown = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, *size), torch.zeros(len(names)).long()
-    return Market(images, unknown, unknown, torch.full((len(names), len(ATTRIBUTES)), -1), names)
+    unknown = torch.zeros(len(read), dtype=torch.int64)
+    return Market(crops, unknown, unknown, torch.full((len(read), len(ATTRIBUTES)), -1), list(map(str, read)))
 
 
 def split_identities(person_ids, fraction=0.6, seed=0):
@@ -356,8 +357,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     validate    () -> dict of figures; the first decides which epoch is best and when to stop early
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
-    AdamW; linear warm-up, then linear to 0, per step. An epoch's last items, which fill no batch, are left out. After
-    each epoch the file args.out, with the ending .last, holds all that --resume needs. Returns the record.
+    AdamW. An epoch's last items, which fill no batch, are left out. After each epoch the file args.out, with the ending
+    .last, holds all that --resume needs. Returns the record.
     """
     device, out = next(model.parameters()).device, args.out
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
@@ -460,15 +461,14 @@ def graphed(step, warmup=3):
     """
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # for good: the default stream cannot be recorded
-    calls, graph, inputs, loss = 0, None, None, None
+    calls, graph, inputs, loss = itertools.count(), torch.cuda.CUDAGraph(), [], None
 
     def run_step(*values):
-        nonlocal calls, graph, inputs, loss
-        calls += 1
-        if calls <= warmup:
+        nonlocal loss
+        if (call := next(calls)) < warmup:
             return step(*values)
-        if graph is None:
-            inputs, graph = [v.clone() for v in values], torch.cuda.CUDAGraph()
+        if call == warmup:
+            inputs.extend(v.clone() for v in values)
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 loss = step(*inputs)
         for kept, value in zip(inputs, values):
@@ -575,16 +575,14 @@ def check_output(path, suffix):
         raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (probe := path.with_name(f".{path.name}.{os.getpid()}.tmp")).touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 
 
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint: a dict of "kind" ("par" or "reid"), "record", "model", "train_ids", "validation_ids", ..."""
-    whole = checkpoint | {"version": 2, "classes": list(ATTRIBUTES.items())}
-    write_whole(path, lambda file: torch.save(whole, file))
+    write_whole(path, lambda file: torch.save(checkpoint | {"version": 2, "classes": list(ATTRIBUTES.items())}, file))
 
 
 def load_checkpoint(path, kind):
@@ -688,13 +686,10 @@ def find_data(folder):
     real, demo = Path("Market-1501-v15.09.15"), Path("Market-1501-demo")
     if not folder and not real.is_dir() and not demo.is_dir():
         print(f"Drawing the demo set into ./{demo} ...", flush=True)
-        own = demo.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            draw_market(own, 100, 6, seed=0)
+        with tempfile.TemporaryDirectory(prefix=".demo-", dir=".") as own:
+            draw_market(Path(own, "demo"), 100, 6, seed=0)
             with contextlib.suppress(OSError):  # another run's is there by now: that will do
-                own.rename(demo)
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
+                Path(own, "demo").rename(demo)
     return folder or (real if real.is_dir() else demo)
 
 
@@ -715,7 +710,6 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     args, code = parser.parse_args(), 2
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by who started this
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
@@ -741,7 +735,7 @@ def run(main, parser):
 
 # ------------------------------------------------------------------------------------------------ tables and figures
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's: told apart by the colour-blind
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: told apart by the colour-blind
 INK, GREY = "#222222", "#8a8a8a"
 SOFTWARE, MARK = "person attributes and re-identification", PngInfo()
 MARK.add_text("Software", SOFTWARE)  # in the pictures drawn here: they are no crops of people
@@ -758,62 +752,10 @@ def table(title, header, rows):
         print("  ".join(f"{v:{side}{width}}" for v, side, width in zip(row, sides, widths)).rstrip(), flush=True)
 
 
-def charts(path, panels):
-    """Draw panels, two to a row, as PNG: title -> {category: percent}, as bars, or -> {legend: (xs, ys)}, as lines."""
-    scale, width, height = 4, 560, 330
-    picture = Image.new("RGB", (2 * width * scale, math.ceil(len(panels) / 2) * height * scale), "white")
-    pen = ImageDraw.Draw(picture)
-
-    def text(x, y, string, anchor="rm", colour=INK, points=13):
-        pen.text((x * scale, y * scale), string, colour, ImageFont.load_default(points * scale), anchor)
-        return pen.textlength(string, ImageFont.load_default(points * scale)) / scale
-
-    def line(points, colour, thick=2.5):
-        pen.line([(x * scale, y * scale) for x, y in points], colour, round(thick * scale), joint="curve")
-
-    for i, (title, series) in enumerate(panels.items()):
-        left, top = i % 2 * width, i // 2 * height
-        text(left + 16, top + 20, title, "lm", points=15)
-        if not isinstance(next(iter(series.values())), tuple):
-            for k, (name, percent) in enumerate(series.items()):
-                x, y, end = left + 130, top + 54 + 26 * k, left + 130 + 3.6 * percent
-                text(x - 6, y, name)
-                line([(x, y), (end, y)], COLOURS[0], 18)
-                text(end + 5, y, f"{percent:.1f} %", "lm")
-            continue
-        xs, ys = (ticks(np.concatenate(values)) for values in zip(*series.values()))
-        legend = right = left + width - 20
-        upper, lower = top + 62, top + height - 36
-
-        def at(x, y):
-            return np.interp(x, xs[[0, -1]], (left + 64, right)), np.interp(y, ys[[0, -1]], (lower, upper))
-
-        for y in ys:
-            line([at(xs[0], y), at(xs[-1], y)], "#e4e4e4", 1)
-            text(left + 58, at(0, y)[1], f"{y:.6g}")
-        for x in xs:
-            text(at(x, 0)[0], lower + 7, f"{x:.6g}", "mt")
-        for (name, points), colour in zip(series.items(), COLOURS):
-            points = [at(x, y) for x, y in zip(*points)]
-            line([*points, points[-1] + np.array((0.5, 0))], colour)  # a dot, if it is one point
-            legend -= 18 + text(legend, upper - 18, name, colour=colour)
-    write_whole(path, lambda file: picture.reduce(2).save(file, "PNG", pnginfo=MARK))
-
-
-def ticks(values):
-    """About five round numbers, the first not above all values and the last not below: float [n]."""
-    low, span = min(values), max(values) - min(values) or abs(max(values)) or 1.0
-    step = 10.0 ** math.floor(math.log10(span))
-    step *= next(f for f in (0.2, 0.5, 1, 2) if span / (f * step) <= 6)
-    return step * np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1)
-
-
-def curves(record):
-    """A record's training curves, as panels of `charts`: the loss, and the validation figures in percent."""
-    epochs = [row["epoch"] for row in record["epochs"]]
-    figures = {k: (epochs, [100 * row[k] for row in record["epochs"]]) for k in record["metrics"]}
-    return {"Training loss by epoch": {"": (epochs, [row["loss"] for row in record["epochs"]])},
-            "Validation by epoch, %": figures}
+def write_picture(path, picture):
+    """Write a Pillow image as PNG, with the mark that it is no crop of a person, and say where it is."""
+    write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=MARK))
+    print(f"As a picture: {path}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------- the drawn demo
@@ -830,15 +772,6 @@ RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "p
        "yellow": (228, 196, 62), "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76),
        "pink": (232, 142, 170), "brown": (122, 82, 50)}
 PATTERNS = ("000000", "000000", "010101", "001100", "001000", "000011")  # of a garment's two shades, from the top down
-# Six places: wall, ground, horizon (a third of a pixel each), light (gain per channel), blur in pixels.
-CAMERAS = (
-    ((176, 182, 188), (150, 148, 142), 210, (1.00, 1.00, 1.00), 0.3),
-    ((150, 124, 104), (128, 122, 120), 234, (1.08, 0.98, 0.86), 0.5),
-    ((116, 140, 104), (164, 158, 140), 186, (0.94, 1.04, 0.94), 0.4),
-    ((196, 200, 206), (110, 112, 118), 264, (0.84, 0.92, 1.08), 0.7),
-    ((120, 112, 130), (176, 168, 160), 168, (0.78, 0.76, 0.80), 0.5),
-    ((206, 192, 164), (188, 176, 152), 222, (1.16, 1.10, 1.00), 0.9),
-)
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
@@ -847,8 +780,7 @@ def draw_market(root, identities, images_per_identity, seed=0):
     identities: how many in the training half, and as many others in the test half; images_per_identity: crops of each
     to train with or in the gallery, from two cameras or more. Queries, distractors, junk, annotations come with them.
     """
-    root, shots = Path(root), []
-    random = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
+    root, shots, random = Path(root), [], np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
     root.mkdir(parents=True, exist_ok=True)
     plain = [a for a in ATTRIBUTES if a not in FLAGS]
     flags = [(a, k) for a in FLAGS for k in range(len(ATTRIBUTES[a]) - 1)]
@@ -895,12 +827,14 @@ def draw_identity(random):
 
 
 def draw_crop(person, camera, random):
-    """Draw a person as one camera sees them: a 64x128 image."""
-    wall, ground, horizon, light, blur = CAMERAS[camera - 1]
+    """Draw a person as one camera sees them, at its place: a 64x128 image."""
+    place = np.random.RandomState(camera + 6)
+    wall, ground = (tinted(place.uniform(110, 200) + place.normal(0, 12, 3)) for _ in range(2))
+    horizon, light, blur = place.randint(160, 270), place.normal(place.uniform(0.8, 1.15), 0.06, 3), place.rand()
     picture = Image.new("RGB", (192, 384), ground)  # three times as large, to be reduced
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 0, 192, horizon), wall)
-    for x in range(random.randint(-48, 0), 192, 48 if camera % 2 else 72):
+    for x in range(random.randint(-48, 0), 192, 48):
         pen.rectangle((x, 0, x + 16, horizon), tinted(wall, 0.88))
 
     (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
@@ -912,7 +846,7 @@ def draw_crop(person, camera, random):
         pen.line(points, colour, round(2 * radius))
         for x, y in points:
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(blur * random.uniform(0.5, 1.3)))
+    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * blur))
     pixels = np.asarray(picture) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 

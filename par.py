@@ -152,7 +152,7 @@ def load_train(args, annotated=True):
 
 
 def train(args, record, market, split, state):
-    """Train with args.loss, write checkpoint, record and curves: -> (accuracy [12], f1 [12]) on validation."""
+    """Train with args.loss, write checkpoint and record: -> (accuracy [12], f1 [12]) on validation."""
     rows, validation = (which.nonzero()[:, 0] for which in split)
     labels = market.labels.to(args.device)
     weights = [w.to(args.device) for w in class_weights(market.labels[rows])]
@@ -181,7 +181,6 @@ def train(args, record, market, split, state):
     record["final"] = {"best epoch": record["best epoch"], "validation": figures(*scores),
                        "commonest": figures(*commonest)}
     common.write_record(args.out, record)
-    common.charts(args.out.with_suffix(".png"), common.curves(record))
     common.say_seconds(record["seconds"])
     return scores
 
@@ -284,8 +283,7 @@ def sheet(path, rows, height=256):
                 while pen.textlength(text, font) > wide - 2 * room:
                     text = text.removesuffix("...")[:-1] + "..."
                 pen.text((x, y + height + room + 18 * j), text, colour, font)
-    common.write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=common.MARK))
-    print(f"As a picture: {path}", file=sys.stderr)
+    common.write_picture(path, picture)
 
 
 def statistics(args):
@@ -297,12 +295,16 @@ def statistics(args):
             for (a, classes), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(classes, n, m)]
     common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(first)} identities",
                  ["", "crops", "%", "identities", "%"], rows)
-    shares = {a: dict(zip(classes, (100 * n / n.sum()).tolist())) for (a, classes), n in zip(ATTRIBUTES.items(), crops)}
-    pairs = {f"{a}: {list(share)[1]}": list(share.values())[1] for a, share in shares.items() if len(share) == 2}
-    several = {f"Figure 4: {a}": share for a, share in shares.items() if len(share) > 2}
-    path = args.out.with_name("par_stats.png")
-    common.charts(path, {"Figure 4: attributes of two classes": pairs} | several)
-    print(f"Figure 4: {path}")
+    font, tall = ImageFont.load_default(26), 40
+    picture = Image.new("RGB", (1240, tall * (len(rows) + 2)), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((350, tall), "Figure 4: % of the train crops", common.INK, font, "lm")
+    for k, (name, _, percent, *_) in enumerate(rows):
+        y, end, attribute = tall * (k + 2), 350 + 7 * percent, name.split()[0]
+        pen.text((335, y), name, common.INK, font, "rm")
+        pen.rectangle((350, y - 15, end, y + 15), common.COLOURS[list(ATTRIBUTES).index(attribute) % 2])
+        pen.text((end + 12, y), f"{percent:.1f} %", common.INK, font, "lm")
+    common.write_picture(args.out.with_name("par_stats.png"), picture)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
@@ -357,7 +358,7 @@ def embed(model, attribute_net, market, rows=slice(None)):
 
 
 def train(args, record, stage_1, market, split, state):
-    """Train from a checkpoint of stage 1, or else from a state dict; write checkpoint, record, curves, figure 3.
+    """Train from a checkpoint of stage 1, or else from a state dict; write checkpoint, record and figure 3.
 
     -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
     """
@@ -406,8 +407,7 @@ def train(args, record, stage_1, market, split, state):
     record["final"] = {"best epoch": record["best epoch"], "threshold": threshold, "hamming": hamming,
                        "validation": results, "same person": same}
     common.write_record(args.out, record)
-    figure_3 = {"Figure 3: % of the validation pairs by distance": densities(curve, same["distance"])}
-    common.charts(args.out.with_suffix(".png"), common.curves(record) | figure_3)
+    draw_distances(args.out.with_suffix(".png"), curve, same["distance"])
     common.say_seconds(record["seconds"])
     return results
 
@@ -457,13 +457,32 @@ def show_same_person(at, curves):
     return {"distance": distance, **next(iter(found.values()))}
 
 
-def densities(curve, distance):
-    """Lines of [report] figure 3: how the distances of matches lie within those of all pairs; `distance` upright."""
-    edges = curve["edges"][::10]
+def draw_distances(path, curve, distance):
+    """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each; `distance` upright."""
+    edges, font = curve["edges"][::10].numpy(), ImageFont.load_default(40)
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
-    shares = {name: 100 * n.view(-1, 10).sum(1) / n.sum() for name, n in counts.items()}  # % of each, by distance
-    lines = {name: (((edges[1:] + edges[:-1]) / 2).numpy(), share.numpy()) for name, share in shares.items()}
-    return lines | {f"same person < {distance:.2f}": ([distance] * 2, [0, max(map(max, shares.values()))])}
+    shares = [(100 * n.view(-1, 10).sum(1) / n.sum()).numpy() for n in counts.values()]
+    lines = [((edges[1:] + edges[:-1]) / 2, share) for share in shares] + [([distance] * 2, [0, np.max(shares)])]
+    picture, legend = Image.new("RGB", (2240, 1240), "white"), 2200
+    pen = ImageDraw.Draw(picture)
+
+    def at(x, y):
+        return np.interp(x, (0, edges[-1]), (140, 2200)), np.interp(y, (0, np.max(shares)), (1140, 150))
+
+    def ticks(end):  # about five round numbers
+        return np.arange(0, end, float(f"{end / 5:.0e}"))
+
+    for y in ticks(np.max(shares)):
+        pen.line((at(0, y), at(edges[-1], y)), "#e4e4e4", 3)
+        pen.text(at(0, y), f"{y:.6g} % ", common.INK, font, "rm")
+    for x in ticks(edges[-1]):
+        pen.text(np.add(at(x, 0), (0, 20)), f"{x:.6g}", common.INK, font, "mt")
+    for name, line, colour in zip((*counts, f"same person < {distance:.2f}"), lines, common.COLOURS):
+        pen.line([at(x, y) for x, y in zip(*line)], colour, 8, joint="curve")
+        pen.text((legend, 60), name, colour, font, "rm")
+        legend -= pen.textlength(name, font) + 60
+    pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
+    common.write_picture(path, picture.reduce(2))
 
 
 def load(args, checkpoint):
