@@ -180,8 +180,8 @@ def new_scores(queries, device):
 
 
 def chunk_rows(columns):
-    """How many queries to rank at once against `columns` gallery crops: about 100 MB of memory."""
-    return max(1, 2**23 // max(1, columns))
+    """How many queries to rank at once against `columns` gallery crops: about 50 MB of memory."""
+    return max(1, 2**22 // max(1, columns))
 
 
 def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
