@@ -238,22 +238,36 @@ def split_identities(person_ids, fraction=0.6, seed=0):
 # ------------------------------------------------------------------------------------------- the network and its input
 
 
-def random_affine(count, size, generator, degrees=10.0):
-    """Flip (p 0.5) and rotation (uniform in +-degrees), the augmentation of [report] section 2: float32 [count, 2, 3].
+def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
+    """Augmentation of [report] section 2, flip (p 0.5) and rotation (uniform in +-degrees): float32 [count, 2, 5].
 
-    One matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes: hence the aspect ratio.
+    A matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes (hence the aspect ratio), and
+    from where to where, across and down, it is erased. Beyond the report: a shift by a part of each side, and with
+    probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long as wide (Zhong et al. 2020).
     """
     angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]
-    zero = torch.zeros(count)
-    return torch.stack([mirror * cos, -mirror * sin * aspect, zero, sin / aspect, cos, zero], 1).view(count, 2, 3)
+    move, begin, end = torch.zeros(3, count, 2)
+    if shift:
+        move = 2 * shift * (torch.rand(count, 2, generator=generator) * 2 - 1)
+    if erase:
+        area, tall, chance = torch.rand(3, count, generator=generator)
+        tall, area = 3.3 ** (2 * tall - 1) / aspect, (0.02 + 0.38 * area) * (chance < erase)
+        sides = 2 * torch.stack([(area / tall).sqrt(), (area * tall).sqrt()], 1).clamp(max=1)
+        begin = torch.rand(count, 2, generator=generator) * (2 - sides) - 1
+        end = begin + sides
+    turn = torch.stack([mirror * cos, -mirror * sin * aspect, sin / aspect, cos], 1).view(count, 2, 2)
+    return torch.cat([turn, torch.stack([move, begin, end], 2)], 2)
 
 
-def augment(crops, affine):
-    """Apply one affine matrix per image, [B, 2, 3], to uint8 or float crops [B, 3, H, W]: float32, black outside."""
-    grid = F.affine_grid(affine, list(crops.shape), align_corners=False)
-    return F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def augment(crops, warp):
+    """Apply `random_warp`, [B, 2, 5], to crops [B, 3, H, W]: float32, black outside, the mean colour where erased."""
+    grid = F.affine_grid(warp[:, :, :3], list(crops.shape), align_corners=False)
+    x = F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    across, down = (torch.linspace(-1, 1, side, device=x.device) for side in (x.shape[3], x.shape[2]))
+    inside = [(at >= warp[:, k, 3:4]) & (at < warp[:, k, 4:]) for k, at in enumerate((across, down))]  # [B, W], [B, H]
+    return torch.where((inside[0][:, None] & inside[1][:, :, None])[:, None], x.mean((0, 2, 3), keepdim=True), x)
 
 
 class MatrixConv2d(nn.Conv2d):
@@ -270,9 +284,10 @@ class MatrixConv2d(nn.Conv2d):
 
 
 class Backbone(nn.Module):
-    """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> features [B, width].
+    """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the last feature map
+    [B, width, h, w], features [B, width], its mean over the places).
 
-    state: as from `backbone_weights`; None: random. Another network fits in if it has a `width` and a `feature_map`.
+    state: as from `backbone_weights`; None: random. Another network fits in if it has a `width` and gives such a pair.
     """
 
     def __init__(self, state=None):
@@ -289,17 +304,16 @@ class Backbone(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
-    def feature_map(self, crops):
-        x = (crops.float() - self.mean) / self.std
-        return self.net(x.contiguous(memory_format=torch.channels_last))
-
     def forward(self, crops):
-        return F.adaptive_avg_pool2d(self.feature_map(crops), 1).flatten(1)
+        x = (crops.float() - self.mean) / self.std
+        maps = self.net(x.contiguous(memory_format=torch.channels_last))
+        return maps, F.adaptive_avg_pool2d(maps, 1).flatten(1)
 
 
-def backbone_weights(choice):
-    """State dict for `Backbone`: choice "none" -> None; "imagenet" -> downloaded once; else a file of torchvision's."""
-    if choice == "none":
+def backbone_weights(args):
+    """State dict for `Backbone` from --weights: imagenet, downloaded once, or a file of torchvision's; None for random
+    ones, and for a run that resumes."""
+    if (choice := args.weights) == "none" or args.resume and args.out.with_suffix(".last").exists():
         return None
     if choice == "imagenet":
         socket.setdefaulttimeout(20)  # else a network that swallows packets hangs this for minutes
@@ -335,6 +349,28 @@ def precision(device):
     return "bfloat16" if device.type == "cpu" and any(private) else "float32"
 
 
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum (Jordan et al. 2024): a matrix moves, by ten times the rate, along the orthogonal matrix
+    nearest to its Nesterov momentum, so that all directions are learned at one pace. PyTorch has it from 2.9 on."""
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for matrix in self.param_groups[0]["params"]:
+            state = self.state[matrix]
+            if not state:
+                state["momentum"] = torch.zeros_like(matrix)
+            momentum = state["momentum"].lerp_(matrix.grad, 0.1)
+            x = matrix.grad.lerp(momentum, 0.9)
+            x = (x / (x.norm() + 1e-9)).to(getattr(torch, precision(x.device)))
+            for _ in range(3):  # Newton-Schulz iterations: singular values go to about 1
+                a = x @ x.T
+                x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+            matrix.sub_(x * (10 * self.param_groups[0]["lr"]))
+
+
 def infer(model, crops, rows=None):
     """Run `model` in evaluation mode over crops[rows]: its output, float32 [N, ...], on the model's device."""
     batch, device = max(1, 512 * 128 * 64 // crops[0, 0].numel()), next(model.parameters()).device
@@ -354,7 +390,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     plan        generator -> int64 [n, k], drawn anew for each epoch: n items, each of k rows of `crops` (1 for
                 attributes, 3 for a triplet). A step takes B of them, their k x B crops in one forward pass
     criterion   (the model's outputs [k, B, ...], the rows of `crops` they belong to [k, B]) -> scalar loss
-    validate    () -> dict of figures; the first decides which epoch is best and when to stop early
+    validate    () -> dict of figures; the first decides which epoch is best, the last if there is none, and when to stop
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
     AdamW. An epoch's last items, which fill no batch, are left out. After each epoch the file args.out, with the ending
@@ -369,32 +405,39 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         crops = crops.to(device)
 
-    def flat(tensor):  # the same memory as one dimension: AdamW's fused kernel would copy a channels-last tensor first
-        return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(-1)
+    warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)} \
+        if args.recipe == "strong" else {}
 
-    parameters = list(model.parameters())
-    views = [flat(p.detach()) for p in parameters]
+    def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy a channels-last tensor first
+        return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(len(tensor), -1)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    views = [matrix(p.detach()) for p in parameters]
     rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
-    optimizer = torch.optim.AdamW(views, lr=rate, fused=True)
+    others, filters = ([view for view, p in zip(views, parameters) if (p.dim() == 4 and "muon" in args.rungs) == which]
+                       for which in (False, True))
+    optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, lr=rate)] if filters else [])
 
-    def step(pixels, affine, rows):
-        x = augment(pixels, affine)  # not under autocast: bfloat16 coordinates would shake the pixels
+    def step(pixels, warp, rows):
+        x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
         with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
             loss = criterion(model(x).unflatten(0, rows.shape), rows)
         loss.backward()
         for view, p in zip(views, parameters):
-            view.grad, p.grad = None if p.grad is None else flat(p.grad), None
-        optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
-        optimizer.step()
-        optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
+            view.grad, p.grad = None if p.grad is None else matrix(p.grad), None
+        for optimizer in optimizers:
+            optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
+            optimizer.step()
+            optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
         return loss.detach()
 
     run_step, best = graphed(step) if cuda else step, None
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
-        for view, moments in zip(views, last["moments"].values(), strict=True):
-            moments["exp_avg"].view_as(view), moments["exp_avg_sq"].view_as(view)  # AdamW itself would not look
-        optimizer.load_state_dict({"state": last["moments"], "param_groups": optimizer.state_dict()["param_groups"]})
+        for optimizer, moments in zip(optimizers, last["moments"], strict=True):
+            for view, kept in zip(optimizer.param_groups[0]["params"], moments.values(), strict=True):
+                [kept[k].view_as(view) for k in kept if k != "step"]  # AdamW itself would not look
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         generator.set_state(last["generator"])
         if device.type in last["random"]:
             random.set_rng_state(last["random"][device.type])
@@ -406,7 +449,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         rows = plan(generator)
         batch, width = min(args.batch, len(rows)), rows.shape[1]
         steps = len(rows) // batch
-        affine = random_affine(rows.numel(), crops.shape[2:], generator).view(*rows.shape, 2, 3).to(device)
+        warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps).view(*rows.shape, 2, 5).to(device)
         rows, losses = rows.to(device), torch.zeros(steps, device=device)
         model.train()
         begin = shown = time.perf_counter()
@@ -414,8 +457,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
             rate.fill_(lr)
             now = slice(k * batch, (k + 1) * batch)
-            items, warp = rows[now].T, affine[now].transpose(0, 1).flatten(0, 1)  # [k, B], [k * B, 2, 3]
-            losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warp, items)
+            items = rows[now].T  # [k, B]
+            losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device),
+                                 warp[now].transpose(0, 1).flatten(0, 1), items)
             # Only here does the host wait for a GPU: at the end of an epoch, and twice a second if someone is watching.
             if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
                 done, shown = losses[:k + 1].cpu(), time.perf_counter()
@@ -433,7 +477,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
                                  "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
-        record["metrics"] = list(figures)
+        record["metrics"] = list(figures) or ["epoch"]
         scores = [row[record["metrics"][0]] for row in record["epochs"]]
         record["best epoch"] = scores.index(max(scores)) + 1
         write_record(out, record)  # if no other run has begun to write there
@@ -441,14 +485,14 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         if record["best epoch"] == epoch:
             best = checkpoint | copy.deepcopy({"record": record, "model": checkpoint["model"]})
         save_checkpoint(out.with_suffix(".last"), checkpoint | {
-            "best": best, "moments": optimizer.state_dict()["state"], "generator": generator.get_state(),
+            "best": best, "moments": [optimizer.state_dict()["state"] for optimizer in optimizers], "generator": generator.get_state(),
             "random": {device.type: random.get_rng_state()}})
         if record["best epoch"] == epoch:
             save_checkpoint(out, best)
         told = ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * (record["best epoch"] == epoch)
         progress("")
-        print(f"epoch {epoch:2}/{args.epochs}  loss {done.mean().item():.4f}  {speed:.0f} images/s  validation {told}",
-              flush=True)
+        print(f"epoch {epoch:2}/{args.epochs}  loss {done.mean().item():.4f}  {speed:.0f} images/s"
+              + f"  validation {told}" * bool(figures), flush=True)
     model.load_state_dict(best["model"])
     return record
 
@@ -582,14 +626,14 @@ def check_output(path, suffix):
 
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint: a dict of "kind" ("par" or "reid"), "record", "model", "train_ids", "validation_ids", ..."""
-    write_whole(path, lambda file: torch.save(checkpoint | {"version": 2, "classes": list(ATTRIBUTES.items())}, file))
+    write_whole(path, lambda file: torch.save(checkpoint | {"version": 3, "classes": list(ATTRIBUTES.items())}, file))
 
 
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
     checkpoint = torch_load(path)
     marks = [checkpoint.get(k) for k in ("version", "classes")] if isinstance(checkpoint, dict) else None
-    if marks != [2, list(ATTRIBUTES.items())]:
+    if marks != [3, list(ATTRIBUTES.items())]:
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
@@ -632,16 +676,23 @@ def image_size(text):
     return tuple(map(int, text.split("x")))
 
 
-def shared_flags(parser, epochs, lr, out):
-    """Add the flags that both scripts have; defaults are the report's."""
+def shared_flags(parser, epochs, lr, batch, out, rungs):
+    """Add the flags that both scripts have; defaults are the report's, or a pair of the report's and the strong recipe's.
+
+    rungs: the steps that the strong recipe takes beyond the report, which --without takes one by one.
+    """
+    parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
+    add("--recipe", choices=("report", "strong"), default="report", help="the report's, or what is known since (report)")
+    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="what --recipe strong is to leave out, of "
+        + ", ".join(rungs))
     add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="to train (%(default)s, report section 4)")
-    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="highest rate (%(default)s, report section 4)")
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="to train (report section 4: %s; strong: %s)" % epochs)
+    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="highest rate (report section 4: %s; strong: %s)" % lr)
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
-    add("--batch", type=number(int, 2), default=32, metavar="N", help="images, or anchors, a step (%(default)s)")
+    add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, anchors or, strong, four crops of an identity (%s; strong: %s)" % batch)
     add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest)")
@@ -650,10 +701,17 @@ def shared_flags(parser, epochs, lr, out):
 
 
 def start(args, source=None, checkpoint=None, data=True):
-    """Settle what --device, --size, --data and --weights leave open, say so, and begin the run's record: -> that dict.
-    A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
+    """Settle what --recipe, --device, --size, --data and --weights leave open, say so, begin the run's record: -> that
+    dict. A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
     if not args.out.name:
         raise UserError(f"--out {args.out} is no name for a file.")
+    strong = args.recipe == "strong"
+    if args.without and not strong:
+        raise UserError("--without leaves out steps of the strong recipe: pass --recipe strong too.")
+    args.rungs = [rung for rung in args.rungs if strong and rung not in args.without]
+    for name in ("epochs", "lr", "batch"):
+        if isinstance(pair := getattr(args, name), tuple):
+            setattr(args, name, pair[strong])
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")

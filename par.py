@@ -30,18 +30,59 @@ from common import ATTRIBUTES, SIZES, UserError
 
 
 class AttributeNet(nn.Module):
-    """[report] figure 1: crops [B, 3, H, W] in 0..255 -> logits of all classes, attribute after attribute, [B, 41]."""
+    """[report] figure 1: crops [B, 3, H, W] in 0..255 -> logits of all classes, attribute after attribute, [B, 41].
 
-    def __init__(self, dropout=0.5, state=None):
+    head: "linear", Dropout and Linear on the mean over the feature map; or "conv", the report's future work (section 5):
+    before these, a branch of its own for each attribute, of a convolution and attention over the places of the map.
+
+    identities: the strong recipe, of both stages, learns attributes and so many identities jointly (Lin et al. 2019),
+    these behind a BNNeck (Luo et al. 2019). Then the output is [B, 41 + width + identities] in training: logits, the
+    features before the neck, logits of identities. In evaluation it is [B, 41 + width]: logits, and the features behind
+    the neck at length 1, both of the mean over the crop and its mirror image.
+    """
+
+    def __init__(self, dropout=0.5, state=None, head="linear", identities=0, rungs=()):
         super().__init__()
-        self.backbone = common.Backbone(state)
-        self.heads = nn.ModuleList(nn.Sequential(nn.Dropout(dropout), nn.Linear(self.backbone.width, n)) for n in SIZES)
+        self.backbone, self.conv, self.identities, self.rungs = common.Backbone(state), head == "conv", identities, rungs
+        wide, count, branch = self.backbone.width, len(ATTRIBUTES), 64
+        if self.conv:
+            self.look = nn.Sequential(nn.Conv2d(wide, count * branch, 3, padding=1, bias=False),
+                                      nn.BatchNorm2d(count * branch), nn.ReLU())
+            self.place = nn.Conv2d(count * branch, count, 1, groups=count)
+        self.heads = nn.ModuleList(nn.Sequential(nn.Dropout(dropout), nn.Linear(branch if self.conv else wide, n))
+                                   for n in SIZES)
+        if identities:
+            self.neck = nn.BatchNorm1d(wide, affine=False) if "neck" in rungs else nn.Identity()
+            self.identify = nn.Linear(wide, identities, bias=False)
+            nn.init.normal_(self.identify.weight, std=0.001)
+
+    def attend(self, maps):
+        """What each branch sees, [B, 12, 64, h * w], and its attention, [B, 12, h * w], over the places: it adds up to 1."""
+        seen = self.look(maps)
+        return seen.flatten(2).unflatten(1, (len(ATTRIBUTES), -1)), self.place(seen).flatten(2).softmax(2)
 
     def forward(self, crops):
-        features = self.backbone(crops)
-        return torch.cat([head(features) for head in self.heads], 1)
+        mirror = "mirror" in self.rungs and not self.training
+        maps, features = self.backbone(torch.cat([crops, crops.flip(3)]) if mirror else crops)
+        inputs = [features] * len(SIZES)
+        if self.conv:
+            seen, attention = self.attend(maps)
+            inputs = (seen @ attention[..., None])[..., 0].unbind(1)
+        logits = torch.cat([head(x) for head, x in zip(self.heads, inputs)], 1)
+        if not self.identities:
+            return logits
+        with torch.autocast(crops.device.type, enabled=False):  # distances deserve more than bfloat16's three digits
+            necked = self.neck(features.float())
+            if self.training:
+                return torch.cat([logits, features.float(), self.identify(necked)], 1)
+            if mirror:
+                logits, necked = (sum(x.float().chunk(2)) / 2 for x in (logits, necked))
+            return torch.cat([logits, F.normalize(necked)], 1)
 
 
+# What the strong recipe adds to the report's: identities learned beside attributes, its augmentation, its optimizer, and
+# the mirror image at test.
+RUNGS = ["identity", "neck", "erasing", "shift", "muon", "mirror"]
 # Each loss: its name in [report] table 2, whether it weighs classes, whether it is focal.
 LOSSES = {"ce": ("Vanilla CE", False, False), "wce": ("Weighted CE", True, False),
           "focal": ("Focal", False, True), "alpha": ("AlphaFocal", True, True)}
@@ -86,10 +127,9 @@ def class_counts(labels):
 # ------------------------------------------------------------------------------------------------ predicting, scoring
 
 
-def log_probabilities(model, crops, rows=None):
-    """Of all 41 classes, attribute after attribute: uint8 crops [N, 3, H, W] -> float32 [N, 41], on the CPU."""
-    logits = common.infer(model, crops, rows)
-    return torch.cat([z.log_softmax(1) for z in logits.split(SIZES, 1)], 1).cpu()
+def log_probabilities(output):
+    """Of all classes, from a network's output, which begins with their logits: [N, 41 or more] -> float32 [N, 41]."""
+    return torch.cat([z.log_softmax(1) for z in output[:, :sum(SIZES)].split(SIZES, 1)], 1)
 
 
 def most_probable(log_p):
@@ -100,7 +140,7 @@ def most_probable(log_p):
 
 def predict(model, crops, rows=None):
     """Most probable classes: uint8 crops [N, 3, H, W] -> int64 [N, 12], on the CPU."""
-    return most_probable(log_probabilities(model, crops, rows))[0]
+    return most_probable(log_probabilities(common.infer(model, crops, rows)))[0].cpu()
 
 
 def score(predicted, labels):
@@ -119,22 +159,19 @@ def score(predicted, labels):
     return torch.stack(accuracy), torch.stack(f1)
 
 
-def score_commonest(labels, reference):
-    """Score of naming each attribute's commonest class in `reference` for all of `labels`."""
-    return score(torch.stack([n.argmax() for n in class_counts(reference)]).expand_as(labels), labels)
-
-
 def activation_maps(model, crops, found):
     """Where classes come from: uint8 crops [N, 3, H, W], classes int64 [N, 12] -> float32 [N, 12, h, w].
 
-    Class activation maps (Zhou et al. 2016): a head is linear in the mean over the feature map, so the same product at
-    each of its places says what that place adds to the logit.
+    Class activation maps (Zhou et al. 2016): a linear head is linear in the mean over the feature map, so the same
+    product at each of its places says what that place adds to the logit. Of a conv head: its attention.
     """
     device = next(model.parameters()).device
     with torch.inference_mode():
-        features = model.eval().backbone.feature_map(crops.to(device))
+        maps, _ = model.eval().backbone(crops.to(device))
+        if model.conv:
+            return model.attend(maps)[1].unflatten(2, maps.shape[2:]).cpu()
         weights = torch.stack([head[1].weight[which] for head, which in zip(model.heads, found.T.to(device))], 1)
-        return torch.einsum("nac,nchw->nahw", weights, features).cpu()
+        return torch.einsum("nac,nchw->nahw", weights, maps).cpu()
 
 
 # ----------------------------------------------------------------------------------------------- training and results
@@ -151,56 +188,62 @@ def load_train(args, annotated=True):
     return market
 
 
-def train(args, record, market, split, state):
+def train(args, record, market, split):
     """Train with args.loss, write checkpoint and record: -> (accuracy [12], f1 [12]) on validation."""
     rows, validation = (which.nonzero()[:, 0] for which in split)
     labels = market.labels.to(args.device)
     weights = [w.to(args.device) for w in class_weights(market.labels[rows])]
+    state = common.backbone_weights(args)
     torch.manual_seed(args.seed)  # the same start for each loss
-    model = AttributeNet(args.dropout, state).to(args.device)
+    train_ids, validation_ids = (market.person_ids[part].unique() for part in split)
+    identities = torch.searchsorted(train_ids, market.person_ids).to(args.device)  # 0, 1, ... of those to train on
+    count = len(train_ids) if args.recipe == "strong" else 0
+    model = AttributeNet(args.dropout, state, args.head, count, args.rungs).to(args.device)
 
     def plan(generator):
         return rows[torch.randperm(len(rows), generator=generator)][:, None]
 
-    def criterion(logits, rows):
-        return attribute_loss(logits[0].split(SIZES, 1), labels[rows[0]], args.loss, weights, args.gamma)
+    def criterion(outputs, rows):
+        logits = outputs[0, :, :sum(SIZES)].split(SIZES, 1)
+        loss = attribute_loss(logits, labels[rows[0]], args.loss, weights, args.gamma)
+        if "identity" in args.rungs:
+            loss = loss + F.cross_entropy(outputs[0, :, -count:], identities[rows[0]], label_smoothing=0.1)
+        return loss
 
     def validate():
         accuracy, f1 = score(predict(model, market.images, validation), market.labels[validation])
         return {"f1": f1.mean().item(), "accuracy": accuracy.mean().item()}
 
-    train_ids, validation_ids = (market.person_ids[part].unique() for part in split)
     print(f"\n{LOSSES[args.loss][0]}: {len(rows)} training and {len(validation)} validation crops of {len(train_ids)} "
           f"and {len(validation_ids)} identities")
     checkpoint = {"kind": "par", "record": record, "train_ids": train_ids, "validation_ids": validation_ids}
     record = common.fit(model, market.images, plan, criterion, validate, args, checkpoint)
 
     with common.timed(record["seconds"], "scoring"):
-        scores = score(predict(model, market.images, validation), market.labels[validation])
-    commonest = score_commonest(market.labels[validation], market.labels[rows])
-    record["final"] = {"best epoch": record["best epoch"], "validation": figures(*scores),
-                       "commonest": figures(*commonest)}
+        scores = score_and_show(f"{args.out} on validation (%)", model, market, validation, rows)
+    record["final"] = {"best epoch": record["best epoch"], "validation": {
+        name: {k: round(v, 4) for k, v in zip([*ATTRIBUTES, "global"], [*values.tolist(), values.mean().item()])}
+        for name, values in scores.items()}}
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return scores
 
 
-def figures(accuracy, f1):
-    """What a record says of a score: fractions by attribute, and their mean, Global."""
-    return {name: {k: round(v, 4) for k, v in zip([*ATTRIBUTES, "global"], [*values.tolist(), values.mean().item()])}
-            for name, values in (("accuracy", accuracy), ("f1", f1))}
+def score_and_show(title, model, market, rows, training, reference=None):
+    """Score `rows` of a `Market`, beside naming each attribute's commonest class among the rows `training` (of another
+    one, `reference`), and print that: -> dict of name -> [12] fractions."""
+    labels, counts = market.labels[rows], class_counts((reference or market).labels[training])
+    accuracy, f1 = score(predict(model, market.images, rows), labels)
+    commonest = score(torch.stack([n.argmax() for n in counts]).expand_as(labels), labels)
+    scores = {"accuracy": accuracy, "commonest accuracy": commonest[0], "f1": f1, "commonest f1": commonest[1]}
+    show(title, scores)
+    return scores
 
 
 def show(title, columns):
     """Print percentages as [report] tables 2 and 3 do: columns is a dict of name -> [12] fractions."""
     rows = [[a.capitalize()] + [100 * v[k].item() for v in columns.values()] for k, a in enumerate(ATTRIBUTES)]
-    common.table(title, ["", *columns], [*rows, ["Global"] + [100 * v.mean().item() for v in columns.values()]])
-
-
-def show_one(title, scores, commonest):
-    """Print one model's accuracy and F1, each beside that of naming the commonest class."""
-    show(title, {"accuracy": scores[0], "of the commonest": commonest[0], "F1": scores[1],
-                 "F1 of the commonest": commonest[1]})
+    common.table(title, ["", *(k.replace("f1", "F1") for k in columns)], [*rows, ["Global"] + [100 * v.mean().item() for v in columns.values()]])
 
 
 def evaluate(args, record, checkpoint):
@@ -209,20 +252,22 @@ def evaluate(args, record, checkpoint):
     with common.timed(seconds, "loading"):
         market, test = load_train(args), common.load_market(args.data, "gallery", args.size)
     training, validation = common.saved_split(checkpoint, market.person_ids, args.eval)
-    for name, part, rows in (("validation", market, validation), ("test", test, (test.labels >= 0).all(1))):
-        if not rows.any():
+    for name, part, chosen in (("validation", market, validation), ("test", test, (test.labels >= 0).all(1))):
+        rows, people = chosen.nonzero()[:, 0], part.person_ids[chosen].unique()
+        if not len(rows):
             print(f"\nThe {name} crops have no annotations: not scored.")
             continue
         with common.timed(seconds, "scoring"):
-            scores = score(predict(model, part.images, rows.nonzero()[:, 0]), part.labels[rows])
-        title = f"{args.eval} on {int(rows.sum())} {name} crops of {len(part.person_ids[rows].unique())} identities (%)"
-        show_one(title, scores, score_commonest(part.labels[rows], market.labels[training]))
+            title = f"{args.eval} on {len(rows)} {name} crops of {len(people)} identities (%)"
+            score_and_show(title, model, part, rows, training, market)
     common.say_seconds(seconds)
 
 
 def load(args, checkpoint):
-    """The network that the checkpoint of --eval holds."""
-    model = AttributeNet()
+    """The `AttributeNet` that a checkpoint holds, on args.device."""
+    own = checkpoint["record"]["arguments"]
+    identities = len(checkpoint["train_ids"]) if own["recipe"] == "strong" else 0
+    model = AttributeNet(head=own["head"], identities=identities, rungs=own["rungs"])
     model.load_state_dict(checkpoint["model"])
     return model.to(args.device)
 
@@ -236,7 +281,7 @@ def predict_files(args, record, checkpoint):
     with common.timed(seconds, "reading"):
         market = common.read_user_images(args.predict, args.size)
     with common.timed(seconds, "predicting"):
-        found, sure = most_probable(log_probabilities(model, market.images))
+        found, sure = (values.cpu() for values in most_probable(log_probabilities(common.infer(model, market.images))))
     named = [[classes[c] for classes, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
@@ -317,6 +362,8 @@ def parser():
     add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
         "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
     add("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of focal losses (2, Lin et al. 2018)")
+    add("--head", choices=("linear", "conv"), default="linear", help="of each attribute: linear in the mean over the "
+        "feature map, or convolution and attention over its places (linear)")
     add("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     instead("--eval", type=Path, metavar="FILE", help="score this checkpoint of par.py")
@@ -325,7 +372,7 @@ def parser():
     add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
     add("--sheet", action="store_true", help="with --predict: draw the images with their attributes, par_sheet.png")
     add("--maps", action="store_true", help="with --predict: draw where each attribute comes from, par_maps.png")
-    common.shared_flags(parser, 15, 3e-4, "par_best.pt")
+    common.shared_flags(parser, (15, 20), (3e-4, 2e-3), (32, 64), "par_best.pt", RUNGS)
     return parser
 
 
@@ -344,22 +391,19 @@ def main(args):
         return statistics(args)
 
     common.check_output(args.out, ".pt")
-    resumes = args.resume and args.loss != "all" and args.out.with_suffix(".last").exists()
-    state = None if resumes else common.backbone_weights(args.weights)
     with common.timed(record["seconds"], "loading"):
         market = load_train(args)
     record["fingerprints"] = {"data set": market.fingerprint()}
     split = common.split_identities(market.person_ids, seed=args.seed)
-    commonest, scores = score_commonest(market.labels[split[1]], market.labels[split[0]]), {}
-    for kind in LOSSES if args.loss == "all" else [args.loss]:
-        out = args.out.with_stem(f"{args.out.stem}_{kind}") if args.loss == "all" else args.out
-        own = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
-        scores[kind] = train(own, record, market, split, state)
     if args.loss != "all":
-        return show_one(f"{args.out} on validation (%)", scores[args.loss], commonest)
-    for k, title in enumerate(("Table 2: accuracy", "Table 3: macro F1")):
-        show(f"{title} (%) on validation", {LOSSES[kind][0]: score[k] for kind, score in scores.items()}
-             | {"commonest": commonest[k]})
+        return train(args, record, market, split)
+    scores = {}
+    for kind in LOSSES:
+        own = vars(args) | {"loss": kind, "out": args.out.with_stem(f"{args.out.stem}_{kind}")}
+        scores[kind] = train(argparse.Namespace(**own), record, market, split)
+    for title, name in (("Table 2: accuracy", "accuracy"), ("Table 3: macro F1", "f1")):
+        columns = {LOSSES[kind][0]: found[name] for kind, found in scores.items()}
+        show(f"{title} (%) on validation", columns | {"commonest": scores["ce"][f"commonest {name}"]})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from common import ATTRIBUTES, SIZES, UserError
 # triplets a loss, a large one goes on pushing what is apart already.
 MARGIN = 10.0
 MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
+# What the strong recipe is made of, each of which --without leaves out: three losses, the BNNeck, label smoothing, its
+# augmentation, its optimizer, and the mirror image at test.
+RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "erasing", "shift", "muon", "mirror"]
 VERDICTS = {"yes": MATCH, "unsure": common.GREY, "no": OTHER}
 
 
@@ -114,6 +117,23 @@ def sample_triplets(person_ids, clusters, generator=None):
     return triplets[torch.randperm(len(triplets), generator=generator)]
 
 
+def sample_groups(person_ids, size=4, generator=None):
+    """Groups of crops of one identity, for batches of P identities x K crops: int64 [N] -> int64 [n, size], shuffled.
+
+    Each identity's crops are cut at random into as many groups as come nearest to each crop once, at least one; a group
+    that lacks crops takes some again. The groups of an identity are spread over the whole order.
+    """
+    ids = person_ids.cpu().unique(return_inverse=True)[1]
+    draw = torch.rand(2, len(ids), generator=generator, dtype=torch.float64)
+    by_id, count = (ids + draw[0]).argsort(), ids.bincount()
+    first, groups = count.cumsum(0) - count, ((count + size // 2) // size).clamp(min=1)
+    owner = torch.arange(len(count)).repeat_interleave(groups)  # of each group
+    which = torch.arange(len(owner)) - (groups.cumsum(0) - groups)[owner]  # of the owner's groups
+    place = (which[:, None] * size + torch.arange(size)) % count[owner, None]
+    order = ((which + draw[1, :len(owner)]) / groups[owner]).argsort()
+    return by_id[first[owner, None] + place][order]
+
+
 # ------------------------------------------------------------------------------------------------- network and loss
 
 
@@ -126,7 +146,7 @@ class EmbeddingNet(nn.Module):
         self.embed = nn.Sequential(nn.ReLU(), nn.Linear(self.backbone.width, dim))
 
     def forward(self, crops):
-        features = self.backbone(crops)
+        _, features = self.backbone(crops)
         with torch.autocast(features.device.type, enabled=False):  # distances deserve more than bfloat16's three digits
             return self.embed(features.float())
 
@@ -135,6 +155,16 @@ def triplet_loss(anchor, positive, negative, margin):
     """Mean over triplets of [|a - p|^2 - |a - n|^2 + margin]_+ ([report] section 3.2.1): [B, D] each -> scalar."""
     nearer, farther = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
     return F.relu(nearer - farther + margin).mean()
+
+
+def hard_triplet_loss(features, ids):
+    """Mean over anchors of softplus(distance to the farthest crop of their identity - to the nearest of another), the
+    batch-hard soft-margin loss of Hermans et al. (2017): features [B, D], ids [B] -> scalar."""
+    squares = features.square().sum(1)
+    distances = torch.addmm(squares, features, features.T, alpha=-2).add(squares[:, None]).clamp(min=1e-9).sqrt()
+    same = ids[:, None] == ids
+    farthest, nearest = distances.where(same, -torch.inf).amax(1), distances.where(~same, torch.inf).amin(1)
+    return F.softplus(farthest - nearest).mean()
 
 
 # -------------------------------------------------------------------------------------------------------- the ranking
@@ -147,7 +177,12 @@ class Crops:
     features: torch.Tensor  # float32 [N, D]
     ids: torch.Tensor  # int64 [N]
     cameras: torch.Tensor  # int64 [N]
-    attributes: torch.Tensor | None  # int64 [N, 12], as predicted by stage 1
+    log_p: torch.Tensor | None  # float32 [N, 41], log-probabilities of the classes of all attributes, if predicted
+
+    @property
+    def attributes(self):
+        """Most probable classes, int64 [N, 12], or None."""
+        return None if self.log_p is None else par.most_probable(self.log_p)[0]
 
 
 METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "length", "precision", "recall", "matches")
@@ -273,15 +308,76 @@ def mean_distance(query, gallery=None):
     return (total / (len(query.ids) * (len(gallery.ids) if gallery else len(query.ids) - 1))).item()
 
 
-def score_queries(query, gallery, selections, cross_camera):
+def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_value=0.3):
+    """k-reciprocal re-ranking (Zhong et al. 2017): float32 [Q, D], [G, D] -> yields (slice of queries, distances [C, G]).
+
+    A crop's set: those of its k1 nearest that have it among theirs, and the like sets, of half the size, of those of
+    which more than two thirds are in it; each with a weight that falls with the squared distance. The sets of the k2
+    nearest are averaged. What comes out is the Jaccard distance of two sets and, in the part lambda_value, the squared
+    distance over the largest one. As the authors' code, but never with a matrix of all pairs: sets are lists.
+    """
+    features = query_features if gallery_features is None else torch.cat([query_features, gallery_features])
+    n, half, squares = len(features), round(k1 / 2) + 1, features.square().sum(1)
+    everyone, k1, k2 = torch.arange(n, device=features.device), min(k1 + 1, n), min(k2, n)
+
+    def squared_distances(i):
+        return torch.addmm(squares, features[i], features.T, alpha=-2).add_(squares[i, None]).clamp_(min=0)
+
+    def ranges(start, length):  # the numbers in several ranges, one after the other, and which range each is in
+        which = torch.arange(len(start), device=start.device).repeat_interleave(length)
+        return torch.arange(len(which), device=start.device) + (start + length - length.cumsum(0))[which], which
+
+    def mutual(k):  # [N, k]: which of a crop's k nearest have it among their own
+        return torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in everyone.split(512)])
+
+    near, largest = torch.zeros(n, k1, dtype=torch.int64, device=features.device), torch.zeros_like(squares)
+    for i in everyone.split(chunk_rows(n)):
+        distances = squared_distances(i)
+        near[i], largest[i] = distances.topk(k1, largest=False).indices, distances.amax(1)
+    whole, halves, sets = mutual(k1), mutual(half), []
+    for i in everyone.split(128):
+        own, theirs = torch.where(whole[i], near[i], n), near[near[i], :half]  # [C, k1], [C, k1, half]; n: no crop
+        theirs = torch.where(halves[near[i]] & whole[i][:, :, None], theirs, n)
+        shared = (theirs[..., None] == torch.where(whole[i], near[i], -1)[:, None, None]).any(3).sum(2)
+        theirs[shared <= 2 / 3 * (theirs < n).sum(2)] = n
+        members = torch.cat([own, theirs.flatten(1)], 1).sort(1)[0]
+        members[:, 1:][members[:, 1:] == members[:, :-1]] = n  # each once
+        row, column = (members < n).nonzero(as_tuple=True)
+        a, b = i[row], members[row, column]
+        apart = squares[a] + squares[b] - 2 * (features[a] * features[b]).sum(1)
+        weight = (-apart.clamp(min=0) / largest[a]).exp()
+        sets.append((a, b, weight / weight.new_zeros(len(i)).index_add(0, row, weight)[row]))
+    a, b, weight = map(torch.cat, zip(*sets))  # crop, member of its set, weight; in the order of the crops
+    length, sets = a.bincount(minlength=n), []
+    for i in everyone.split(128):
+        from_ = near[i, :k2].flatten()
+        at, which = ranges((length.cumsum(0) - length)[from_], length[from_])
+        mean = weight.new_zeros(len(i) * n).index_add_(0, which // k2 * n + b[at], weight[at] / k2)
+        found = mean.nonzero()[:, 0]
+        sets.append((found // n + i[0], found % n, mean[found]))
+    a, b, weight = map(torch.cat, zip(*sets))
+    by_member, length = b.argsort(stable=True), b.bincount(minlength=n)
+    for i in everyone[:len(query_features)].split(64):
+        mine = slice(*torch.searchsorted(a, torch.stack([i[0], i[-1] + 1])).tolist())
+        at, which = ranges((length.cumsum(0) - length)[b[mine]], length[b[mine]])
+        at, row = by_member[at], (a[mine] - i[0])[which]
+        shared = weight.new_zeros(len(i) * n).index_add_(0, row * n + a[at], weight[mine][which].minimum(weight[at]))
+        distances = squared_distances(i).div_(largest[i, None]).mul_(lambda_value)
+        distances.add_(1 - (shared / (2 - shared)).view(len(i), n), alpha=1 - lambda_value)
+        if gallery_features is None:
+            distances.diagonal(int(i[0])).fill_(torch.inf)
+        yield slice(int(i[0]), int(i[-1]) + 1), distances if gallery_features is None else distances[:, len(query_features):]
+
+
+def score_queries(query, gallery, selections, cross_camera, chunks=None):
     """Rank under several selections, in one pass over the distances: dict of name -> as `rank_queries`.
 
     selections: dict of name -> function of distances [C, G] and of the number of predicted attributes that differ
-    [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all.
+    [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all. chunks: other distances.
     """
     scores, shown = {name: new_scores(len(query.ids), query.ids.device) for name in selections}, gallery or query
-    hot = None if shown.attributes is None else (one_hot(query.attributes), one_hot(shown.attributes))
-    for rows, distances in distance_chunks(query, gallery):
+    hot = None if shown.log_p is None else (one_hot(query.attributes), one_hot(shown.attributes))
+    for rows, distances in chunks or distance_chunks(query, gallery):
         differ = hot and len(ATTRIBUTES) - hot[0][rows] @ hot[1].T
         for name, select in selections.items():
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], shown.ids,
@@ -289,9 +385,9 @@ def score_queries(query, gallery, selections, cross_camera):
     return scores
 
 
-def score_selections(query, gallery, selections, cross_camera):
+def score_selections(query, gallery, selections, cross_camera, chunks=None):
     """Metrics under several selections: dict of name -> as `rank_metrics`; arguments as of `score_queries`."""
-    scores = score_queries(query, gallery, selections, cross_camera)
+    scores = score_queries(query, gallery, selections, cross_camera, chunks)
     return {name: mean_metrics(found) for name, found in scores.items()}
 
 
@@ -347,84 +443,120 @@ def same_person(curve):
 # ----------------------------------------------------------------------------------------------- training and results
 
 
-def embed(model, attribute_net, market, rows=slice(None)):
-    """Embed crops of a `Market`, and predict their attributes if there is a stage-1 network: -> Crops."""
-    images = market.images[rows]
-    features = common.infer(model, images)
-    attributes = None if attribute_net is None else par.predict(attribute_net, images)
-    values = features, market.person_ids[rows], market.camera_ids[rows], attributes
+def embed(networks, market, rows=slice(None)):
+    """Embed crops of a `Market` with the first network, and predict their attributes with the second, if any: -> Crops."""
+    (model, predictor), images = networks, market.images[rows]
+    output = common.infer(model, images)
+    features = output[:, sum(SIZES):] if isinstance(model, par.AttributeNet) else output
+    log_p = predictor and par.log_probabilities(output if predictor is model else common.infer(predictor, images))
+    values = features, market.person_ids[rows], market.camera_ids[rows], log_p
     device = features.device if features.is_cuda else "cpu"  # ranking takes float64, which MPS has not
     return Crops(*(v if v is None else v.to(device) for v in values))
 
 
-def train(args, record, stage_1, market, split, state):
-    """Train from a checkpoint of stage 1, or else from a state dict; write checkpoint, record and figure 3.
-
-    -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
-    """
-    rows, validation = (which.nonzero()[:, 0] for which in split)
-    sample_triplets(market.person_ids[rows], torch.zeros_like(rows))  # what cannot be trained or scored is told at once
-    seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
-    if len(seen) == len(seen.unique()):
-        raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
-    record = copy.deepcopy(record)
-    with common.timed(record["seconds"], "clustering"):
-        clusters = torch.zeros_like(rows) if args.negatives == "random" else \
-            cluster_histograms(market.images[rows], args.clusters, args.seed)
+def report_recipe(args, market, rows, state):
+    """What [report] section 3.2 trains, with triplets from colour clusters: -> (network, plan, criterion) for `fit`."""
+    ids, clusters = market.person_ids[rows], torch.zeros_like(rows)
+    sample_triplets(ids, clusters)  # that none can be formed is told at once
+    if args.negatives == "cluster":
+        clusters = cluster_histograms(market.images[rows], args.clusters, args.seed)
     torch.manual_seed(args.seed)
-    model, attribute_net = EmbeddingNet(args.dim, None if stage_1 else state), None
-    if stage_1:
-        attribute_net = par.load(args, stage_1)
-        model.backbone.load_state_dict(attribute_net.backbone.state_dict())
-    model.to(args.device)
-    checkpoint = {"kind": "reid", "record": record, "attributes": stage_1 and stage_1["model"],
-                  "train_ids": market.person_ids[rows].unique(),
-                  "validation_ids": market.person_ids[validation].unique()}
 
     def plan(generator):
-        return rows[sample_triplets(market.person_ids[rows], clusters, generator)]
+        return rows[sample_triplets(ids, clusters, generator)]
 
     def criterion(embeddings, rows):
         return triplet_loss(*embeddings, args.margin)
 
+    return EmbeddingNet(args.dim, state), plan, criterion
+
+
+def strong_recipe(args, market, rows, state):
+    """Beyond the report: identities, hard triplets and attributes learned jointly, from groups of four crops of one
+    identity: -> (network, plan, criterion) for `fit`."""
+    ids, labels = market.person_ids[rows], market.labels.to(args.device)
+    identities = torch.searchsorted(ids.unique(), market.person_ids).to(args.device)  # 0, 1, ... of those to train on
+    weights = [w.to(args.device) for w in par.class_weights(market.labels[rows])]
+    torch.manual_seed(args.seed)
+    count = len(ids.unique())
+    model = par.AttributeNet(state=state, head=args.head, identities=count, rungs=args.rungs)
+
+    def plan(generator):
+        return rows[sample_groups(ids, generator=generator)]
+
+    def criterion(outputs, rows):
+        logits, features, scores = outputs.flatten(0, 1).split([sum(SIZES), model.backbone.width, count], 1)
+        who, losses = identities[rows.flatten()], []
+        if "identity" in args.rungs:
+            losses.append(F.cross_entropy(scores, who, label_smoothing=0.1 * ("smoothing" in args.rungs)))
+        if "triplets" in args.rungs:
+            losses.append(hard_triplet_loss(features, who))
+        if "attributes" in args.rungs:  # the mean over the attributes
+            losses.append(par.attribute_loss(logits.split(SIZES, 1), labels[rows.flatten()], "wce", weights) / len(SIZES))
+        return sum(losses)
+
+    return model, plan, criterion
+
+
+def train(args, record, stage_1, market, split):
+    """Train from a checkpoint of stage 1, or else from --weights; write checkpoint, record and figure 3.
+
+    -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
+    """
+    rows, validation = (which.nonzero()[:, 0] for which in split)
+    record, strong = copy.deepcopy(record), args.recipe == "strong"
+    state = None if stage_1 else common.backbone_weights(args)
+    with common.timed(record["seconds"], "preparing"):
+        model, plan, criterion = (strong_recipe if strong else report_recipe)(args, market, rows, state)
+    seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
+    if len(validation) and len(seen) == len(seen.unique()):
+        raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
+    if stage_1:
+        own, given = model.state_dict(), stage_1["model"]
+        model.load_state_dict({k: given[k] if k in given and given[k].shape == v.shape else v for k, v in own.items()})
+    model.to(args.device)
+    checkpoint = {"kind": "reid", "record": record, "stage 1": None if strong else stage_1,
+                  "train_ids": market.person_ids[rows].unique(),
+                  "validation_ids": market.person_ids[validation].unique()}
+
     def validate():
-        embedded = embed(model, None, market, validation)
+        if not len(validation):
+            return {}
+        embedded = embed((model, None), market, validation)
         across, everywhere = (score_selections(embedded, None, EVERY, cross)["none"] for cross in (True, False))
         checkpoint["distances"] = distance_histograms(embedded)
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": everywhere["mAP"]}
 
-    print(f"\nFrom {'stage 1' if stage_1 else f'weights {args.weights}'}: {len(rows)} anchors, negatives from "
-          + ("anywhere" if args.negatives == "random" else f"{int(clusters.max()) + 1} clusters")
-          + f"; {len(validation)} validation crops, each a query")
+    print(f"\nFrom {'stage 1' if stage_1 else f'weights {args.weights}'}: {len(rows)} training and {len(validation)} "
+          "validation crops" + ", so that the last epoch is kept" * (not len(validation)))
     record = common.fit(model, market.images, plan, criterion, validate, args, checkpoint)
-
-    with common.timed(record["seconds"], "scoring"):
-        embedded = embed(model, attribute_net, market, validation)
-        title = f"{args.out}, {len(validation)} validation crops"
-        results, threshold, hamming = score_and_show(args, embedded, None, title)
-        curve = distance_histograms(embedded)
-    same = show_same_person(same_person(curve), {"validation": (curve, None)})
-    record["final"] = {"best epoch": record["best epoch"], "threshold": threshold, "hamming": hamming,
-                       "validation": results, "same person": same}
+    record["final"] = {"best epoch": record["best epoch"]}
+    if len(validation):
+        with common.timed(record["seconds"], "scoring"):
+            embedded = embed(load(args, checkpoint | {"model": model.state_dict()}), market, validation)
+            title = f"{args.out}, {len(validation)} validation crops"
+            results, threshold, hamming = score_and_show(args, embedded, None, title, args.hamming)
+            curve = distance_histograms(embedded)
+        same = show_same_person(same_person(curve), {"validation": (curve, None)})
+        record["final"] |= {"threshold": threshold, "hamming": hamming, "validation": results, "same person": same}
+        draw_distances(args.out.with_suffix(".png"), curve, same["distance"])
     common.write_record(args.out, record)
-    draw_distances(args.out.with_suffix(".png"), curve, same["distance"])
     common.say_seconds(record["seconds"])
-    return results
+    return record["final"].get("validation")
 
 
-def score_and_show(args, query, gallery, title, hamming=None):
+def score_and_show(args, query, gallery, title, hamming):
     """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter).
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by both. Its
-    protocol, all cameras, is scored only where each query ranks all others, gallery None. The parameter is --hamming,
-    else the given one, else tuned on these crops; None without predicted attributes.
+    protocol, all cameras, is scored only where each query ranks all others, gallery None. A Hamming parameter of None
+    is tuned on these crops; None comes back where no attributes are predicted. With --rerank, a row for that.
     """
     threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
     chosen = EVERY | {"threshold": lambda distances, differ: distances < threshold}
-    if query.attributes is None:
+    if query.log_p is None:
         hamming = None
     else:
-        hamming = next((k for k in (args.hamming, hamming) if k is not None), None)
         hamming = tune_hamming(query, gallery) if hamming is None else hamming
         chosen["hamming"] = lambda distances, differ: differ <= hamming
         chosen["both"] = lambda distances, differ: (differ <= hamming) & (distances < threshold)
@@ -433,11 +565,14 @@ def score_and_show(args, query, gallery, title, hamming=None):
     results = {}
     for protocol in ("across cameras",) if gallery else ("all cameras", "across cameras"):
         results[protocol] = scores = score_selections(query, gallery, chosen, protocol == "across cameras")
+        if args.rerank:
+            chunks = rerank_chunks(query.features, gallery and gallery.features)
+            scores["re-ranked"] = score_selections(query, gallery, EVERY, protocol == "across cameras", chunks)["none"]
         rows = [[name] + [100 * m[k] for k in columns] + [f"{m['length']:.1f}"] for name, m in scores.items()]
         common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)",
                      ["selection", *columns.values(), "length"], rows)
     print(f"threshold: distance < {threshold:.3f}" + " (the mean of all pairs)" * (args.threshold == "mean")
-          + ("; no Hamming filter: trained without --init, it predicts no attributes" if hamming is None else
+          + ("; no Hamming filter: it predicts no attributes" if hamming is None else
              f"; hamming: at most {hamming} of {len(ATTRIBUTES)} predicted attributes differ"))
     return results, threshold, hamming
 
@@ -486,10 +621,14 @@ def draw_distances(path, curve, distance):
 
 
 def load(args, checkpoint):
-    """What the checkpoint of --eval holds: (embedding network, stage-1 network or None)."""
-    model = EmbeddingNet(checkpoint["record"]["arguments"]["dim"])
+    """The networks of a checkpoint: (the one that embeds, the one that predicts attributes, or None)."""
+    own = checkpoint["record"]["arguments"]
+    if own["recipe"] == "strong":
+        model = par.load(args, checkpoint)
+        return model, model if "attributes" in own["rungs"] else None
+    model = EmbeddingNet(own["dim"])
     model.load_state_dict(checkpoint["model"])
-    return model.to(args.device), checkpoint["attributes"] and par.load(args, {"model": checkpoint["attributes"]})
+    return model.to(args.device), checkpoint["stage 1"] and par.load(args, checkpoint["stage 1"])
 
 
 def evaluate(args, record, checkpoint):
@@ -497,22 +636,27 @@ def evaluate(args, record, checkpoint):
 
     The Hamming parameter is tuned on validation and then used on test.
     """
-    networks, curve, seconds = load(args, checkpoint), checkpoint["distances"], record["seconds"]
+    networks, curve, seconds = load(args, checkpoint), checkpoint.get("distances"), record["seconds"]
     with common.timed(seconds, "loading"):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
     rows = common.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
     real = (test[1].person_ids != -1).nonzero()[:, 0]  # junk takes no part in anything, nor in the mean distance
     with common.timed(seconds, "embedding"):
-        validation, query, gallery = (embed(*networks, part, chosen) for part, chosen in zip(
-            (train, *test), (rows, slice(None), real)))
+        query, gallery = embed(networks, test[0]), embed(networks, test[1], real)
+        validation = embed(networks, train, rows) if curve else None
     with common.timed(seconds, "ranking"):
-        *_, hamming = score_and_show(args, validation, None, f"{args.eval}, {len(rows)} validation crops")
+        hamming = args.hamming
+        if curve:
+            *_, hamming = score_and_show(args, validation, None, f"{args.eval}, {len(rows)} validation crops", hamming)
+        elif hamming is None:  # trained on all identities: there is nothing to tune it on
+            hamming = len(ATTRIBUTES)
         score_and_show(args, query, gallery, f"{args.eval}, test set, {len(real)} gallery crops", hamming)
-        found = distance_histograms(query, gallery, curve["edges"][-1].item())
     print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
           "buys is the precision of the returned lists, to the right with their recall and mean length.")
-    show_same_person(same_person(curve), {"validation": (curve, None), "promised for test": (curve, rates(found)[2]),
-                                          "test": (found, None)})
+    if curve:
+        found = distance_histograms(query, gallery, curve["edges"][-1].item())
+        show_same_person(same_person(curve), {"validation": (curve, None), "test": (found, None),
+                                              "promised for test": (curve, rates(found)[2])})
     if args.show:
         show(args.out.with_name("show.png"), query, gallery, test, real, args.show)
     common.say_seconds(seconds)
@@ -546,7 +690,7 @@ def export(args, record, checkpoint):
         with common.timed(seconds, "loading"):
             part = common.load_market(args.data, name, args.size, annotated=False)
         with common.timed(seconds, "embedding"):
-            features = common.infer(model, part.images).cpu()
+            features = embed((model, None), part).features.cpu()
         values = features, part.person_ids, part.camera_ids, part.names
         arrays |= {f"{name}_{k}": np.asarray(v) for k, v in zip(("features", "ids", "cameras", "names"), values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
@@ -560,7 +704,7 @@ def export(args, record, checkpoint):
 
 def search(args, record, checkpoint):
     """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
-    networks, seconds, curve = load(args, checkpoint), record["seconds"], checkpoint["distances"]
+    networks, seconds, curve = load(args, checkpoint), record["seconds"], checkpoint.get("distances")
     precision, recall, share = rates(curve)
     yes = same_person(curve)
     no = max(yes, int((recall >= 0.95).int().argmax()))
@@ -568,7 +712,7 @@ def search(args, record, checkpoint):
     with common.timed(seconds, "reading"):
         query, gallery = (common.read_user_images([path], args.size) for path in (args.search, args.gallery))
     with common.timed(seconds, "embedding"):
-        asked, crops = (embed(*networks, market) for market in (query, gallery))
+        asked, crops = (embed(networks, market) for market in (query, gallery))
     index, rows = {Path(name).resolve(): g for g, name in enumerate(gallery.names)}, []
     for i, found in enumerate(row for _, distances in distance_chunks(asked, crops) for row in distances):
         if (itself := index.get(Path(query.names[i]).resolve())) is not None:
@@ -596,7 +740,7 @@ def search(args, record, checkpoint):
 
 def describe(crops, i):
     """The predicted classes of one of `Crops`, as "hat yes"; nothing without a stage-1 network."""
-    return [] if crops.attributes is None else [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(
+    return [] if crops.log_p is None else [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(
         ATTRIBUTES.items(), crops.attributes[i].tolist())]
 
 
@@ -610,13 +754,13 @@ def find(args, record, checkpoint):
         if (attribute, name) not in words or attribute in asked:
             raise UserError(f"--find {word}: name one class of {attribute}: {', '.join(ATTRIBUTES[attribute])}.")
         asked[attribute] = name
-    _, attribute_net = load(args, checkpoint)
-    if attribute_net is None:
-        raise UserError(f"{args.eval} was trained without --init, so that it predicts no attributes to find by.")
+    networks = load(args, checkpoint)
+    if networks[1] is None:
+        raise UserError(f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe strong.")
     with common.timed(seconds, "reading"):
         gallery = common.read_user_images([args.gallery], args.size)
     with common.timed(seconds, "predicting"):
-        log_p = par.log_probabilities(attribute_net, gallery.images)[:, [words.index(pair) for pair in asked.items()]]
+        log_p = embed(networks, gallery).log_p[:, [words.index(pair) for pair in asked.items()]]
     best = log_p.sum(1).topk(min(args.top, len(log_p)))
     lines, cells = [], []
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
@@ -647,6 +791,8 @@ def parser():
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
     add = parser.add_argument_group("to train").add_argument
+    add("--identities", choices=("train", "all"), default="train", help="of the 60 %% that stage 1 trains on, or of all: "
+        "then nothing is left to validate on, and the last epoch is kept (train)")
     add("--compare", action="store_true", help="train with and without --init: table 1")
     add("--margin", type=common.number(float, 0), default=MARGIN, metavar="M", help="squared distance (%(default)s)")
     add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
@@ -654,6 +800,7 @@ def parser():
     add("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in report "
         "section 3.2.2, or from anywhere (cluster)")
     add = parser.add_argument_group("to rank").add_argument
+    add("--rerank", action="store_true", help="k-reciprocal re-ranking beside the plain one (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, len(ATTRIBUTES)), metavar="K", help="predicted attributes that may "
         "differ (what gives the highest validation mAP)")
     add("--threshold", type=threshold, default="mean", metavar="T", help="distance below which crops are returned: a "
@@ -666,7 +813,7 @@ def parser():
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
-    common.shared_flags(parser, 10, 2e-5, "reid_best.pt")
+    common.shared_flags(parser, (10, 20), (2e-5, 2e-3), (32, 16), "reid_best.pt", RUNGS)
     return parser
 
 
@@ -678,11 +825,14 @@ def main(args):
             raise UserError(f"--{flag} needs --eval FILE, the checkpoint to do it with.")
     if bool(args.search or args.find) != bool(args.gallery):
         raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search.")
+    if args.compare and args.identities == "all":
+        raise UserError("--compare compares on validation identities, and --identities all leaves none.")
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out} would replace the checkpoint of --init: give it another name.")
     source, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = source and common.load_checkpoint(source, kind)
     record = common.start(args, source, checkpoint, data=not args.gallery)
+    args.head = checkpoint["record"]["arguments"]["head"] if args.init else "linear"
     picture = "search.png" if args.search else "find.png" if args.find else "show.png" if args.show else None
     if args.embed:
         common.check_output(args.embed, ".npz")
@@ -692,19 +842,19 @@ def main(args):
         command = search if args.search else find if args.find else export if args.embed else evaluate
         return command(args, record, checkpoint)
 
-    resumes = args.resume and not args.compare and args.out.with_suffix(".last").exists()
-    state = None if resumes or checkpoint and not args.compare else common.backbone_weights(args.weights)
     with common.timed(record["seconds"], "loading"):
-        market = par.load_train(args, annotated=False)
+        market = par.load_train(args, "attributes" in args.rungs)
     origin = checkpoint and [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
     record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": origin}
     split = common.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
         common.split_identities(market.person_ids, seed=args.seed)
-    results = train(args, record, checkpoint, market, split, state)
+    if args.identities == "all":
+        split = split[0] | True, split[1] & False
+    results = train(args, record, checkpoint, market, split)
     if args.compare:
         own = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
         record["fingerprints"] = record["fingerprints"] | {"stage 1": None}
-        plain = train(own, record, None, market, split, state)
+        plain = train(own, record, None, market, split)
         common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
                      [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
                       for protocol in results])
