@@ -411,7 +411,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy a channels-last tensor first
         return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(len(tensor), -1)
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.to(memory_format=torch.channels_last).parameters())
     views = [matrix(p.detach()) for p in parameters]
     rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
     others, filters = ([view for view, p in zip(views, parameters) if (p.dim() == 4 and "muon" in args.rungs) == which]

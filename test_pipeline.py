@@ -272,6 +272,38 @@ def test_augmentation_mirrors_half_of_the_crops_and_turns_them_by_the_drawn_angl
     assert (white[turned][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].amin(2) < 1).all() and (white[:, :, 64, 32] > 254).all()
 
 
+def test_strong_augmentation_shifts_and_erases_what_it_says_in_the_mean_colour():
+    warp = common.random_warp(4000, (128, 64), torch.Generator().manual_seed(0), degrees=0, shift=0.05, erase=0.5)
+    move, (across, down) = warp[:, :, 2], ((warp[:, k, 4] - warp[:, k, 3]) / 2 for k in (0, 1))
+    assert 0.09 < move.abs().max() <= 0.1 and move.mean().abs() < 0.01  # 5 % of a side that goes from -1 to 1
+    erased = across > 0
+    area, long = (across * down)[erased], (2 * down / across)[erased]
+    assert erased.float().mean() == pytest.approx(0.5, abs=0.03) and torch.equal(erased, down > 0)
+    assert area.max() < 0.401 and area.mean() == pytest.approx(0.21, abs=0.02)
+    assert warp[:, :, 3:].abs().max() <= 1 and ((long > 0.3) & (long < 3.34))[(across < 1)[erased] & (down < 1)[erased]].all()
+    crops = torch.randint(0, 256, (300, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    warp[:300, :, :3] = torch.eye(2, 3)
+    out = common.augment(crops, warp[:300])
+    mean = crops.float().mean((0, 2, 3))
+    gone = ((out - crops).abs() > 1e-2).any(1)
+    assert torch.allclose(out.movedim(1, 3)[gone], mean, atol=0.1)
+    assert gone.float().mean((1, 2)) == pytest.approx((across * down)[:300], abs=0.08)
+
+
+def test_muon_moves_along_the_nearest_orthogonal_matrix():
+    start, gradients = torch.randn(3, 40, 90, generator=torch.Generator().manual_seed(0)).split([1, 2])
+    matrix, momentum = start[0].clone().requires_grad_(), torch.zeros(40, 90)
+    optimizer = common.Muon([matrix], lr=torch.tensor(0.002))
+    for gradient in gradients:
+        before, matrix.grad = matrix.detach().clone(), gradient.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        u, _, v = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+        moved = (before - matrix.detach()) / 0.02
+        assert ((moved * (u @ v)).sum() / moved.norm() / 40**0.5).item() > 0.97  # one direction
+        assert 0.5 < torch.linalg.svdvals(moved).min() and torch.linalg.svdvals(moved).max() < 1.3
+
+
 def test_augmentation_does_not_lose_precision_in_training(market, tmp_path, monkeypatch):
     """bfloat16 coordinates would be wrong by a third of a pixel: the network must be given what `augment` says."""
     monkeypatch.setattr(common, "precision", lambda device: "bfloat16")
@@ -384,6 +416,28 @@ def test_activation_maps_add_up_to_the_logits_which_must_be_finite(trained, mark
         common.infer(model, crops)
 
 
+@pytest.mark.parametrize("head", ["linear", "conv"])
+def test_the_joint_network_gives_logits_features_and_identities(head, tmp_path):
+    model = par.AttributeNet(0.0, None, head, 5, ["neck", "mirror"])
+    crops = torch.randint(0, 256, (6, 3, 64, 32), generator=torch.Generator().manual_seed(0)).float()
+    maps, features = model.backbone(crops)  # in training: the neck's statistics are the batch's
+    logits, given, scores = model(crops).split([sum(SIZES), model.backbone.width, 5], 1)
+    assert torch.allclose(given, features, atol=1e-5)
+    normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(scores, normal @ model.identify.weight.T, atol=1e-4)
+    if head == "conv":  # the k-th attribute's branch, by itself
+        seen = model.look[2](model.look[1](model.look[0](maps)))[:, 64 * 7:64 * 8].flatten(2)
+        place = torch.einsum("bcn,c->bn", seen, model.place.weight[7].flatten()) + model.place.bias[7]
+        pooled = torch.einsum("bcn,bn->bc", seen, place.softmax(1))
+        assert torch.allclose(model.heads[7](pooled), logits[:, sum(SIZES[:7]):sum(SIZES[:8])], atol=1e-4)
+        assert torch.allclose(par.activation_maps(model, crops, torch.zeros(6, 12)).sum((2, 3)), torch.ones(6, 12))
+    with torch.inference_mode():
+        both = [model.eval()(x) for x in (crops, crops.flip(3))]
+        assert both[0].shape == (6, sum(SIZES) + model.backbone.width) and torch.allclose(*both, atol=1e-4)
+        ours, mirrored = (model.neck(model.backbone(x)[1]) for x in (crops, crops.flip(3)))
+        assert torch.allclose(both[0][:, sum(SIZES):], F.normalize(ours + mirrored), atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ stage 2, by formulas
 
 
@@ -431,6 +485,67 @@ def test_triplets_fall_back_and_skip_what_has_no_positive():
     for lonely in (torch.arange(5), torch.ones(5, dtype=torch.int64)):
         with pytest.raises(UserError, match="No triplet can be formed"):
             reid.sample_triplets(lonely, clusters)
+
+
+def test_groups_hold_one_identity_each_and_every_crop_about_once():
+    ids = torch.cat([torch.full((n,), 7 * n) for n in (1, 2, 3, 4, 5, 6, 9, 40)])[torch.randperm(70)]
+    for seed in range(20):
+        groups = reid.sample_groups(ids, 4, torch.Generator().manual_seed(seed))
+        assert groups.shape[1] == 4 and (ids[groups] == ids[groups[:, :1]]).all()
+        for n in (1, 2, 3, 4, 5, 6, 9, 40):
+            rows = groups[ids[groups[:, 0]] == 7 * n]
+            assert len(rows) == max(1, (n + 2) // 4) and len(rows.unique()) == min(n, 4 * len(rows))
+            assert all(len(row.unique()) == min(n, 4) for row in rows)
+    spread = (ids[groups[:, 0]] == 280).nonzero()[:, 0]
+    assert spread.min() < 5 and spread.max() > len(groups) - 6 and spread.diff().max() <= 8
+
+
+def test_hard_triplet_loss_takes_the_farthest_of_ones_own_and_the_nearest_of_others():
+    features, ids = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 4
+    terms = []
+    for a in range(12):
+        far = max((features[a] - features[i]).norm().item() for i in range(12) if ids[i] == ids[a] and i != a)
+        near = min((features[a] - features[i]).norm().item() for i in range(12) if ids[i] != ids[a])
+        terms.append(math.log(1 + math.exp(far - near)))
+    assert reid.hard_triplet_loss(features, ids).item() == pytest.approx(sum(terms) / 12, rel=1e-6)
+    same = torch.zeros(4, 5, requires_grad=True)  # equal crops, and a batch of one identity: no slope is NaN
+    reid.hard_triplet_loss(same, torch.tensor([0, 0, 1, 1])).backward()
+    assert same.grad.isfinite().all() and reid.hard_triplet_loss(features[:4], ids[:4]) == 0
+
+
+def dense_reranking(query, gallery, k1, k2, part):
+    """k-reciprocal re-ranking as Zhong et al. (2017) write it, with matrices of all pairs and Python's sets."""
+    x = np.concatenate([query, gallery]).astype(np.float64)
+    d = ((x[:, None] - x) ** 2).sum(2)
+    d /= d.max(1, keepdims=True)
+    order, v = d.argsort(1), np.zeros_like(d)
+
+    def reciprocal(i, k):
+        return {j for j in order[i, :k + 1] if i in order[j, :k + 1]}
+    whole, halves = ([reciprocal(i, k) for i in range(len(x))] for k in (k1, round(k1 / 2)))
+    for i, near in enumerate(whole):
+        expanded = near
+        for theirs in map(halves.__getitem__, near):
+            expanded = expanded | theirs if len(theirs & near) > 2 / 3 * len(theirs) else expanded
+        members = sorted(expanded)
+        v[i, members] = np.exp(-d[i, members]) / np.exp(-d[i, members]).sum()
+    v = np.stack([v[order[i, :k2]].mean(0) for i in range(len(x))])
+    jaccard = 1 - np.stack([np.minimum(v[q], v).sum(1) / np.maximum(v[q], v).sum(1) for q in range(len(query))])
+    return (1 - part) * jaccard[:, len(query):] + part * d[:len(query), len(query):]
+
+
+@pytest.mark.parametrize("settings", [(20, 6, 0.3), (6, 1, 0.5), (7, 3, 0.0), (200, 6, 0.3)])
+def test_reranking_equals_the_dense_formula(settings, monkeypatch):
+    monkeypatch.setattr(reid, "chunk_rows", lambda columns: 7)
+    generator = torch.Generator().manual_seed(0)
+    centres, ids = torch.randn(9, 8, generator=generator), torch.randint(9, (90,), generator=generator)
+    features = centres[ids] + 0.5 * torch.randn(90, 8, generator=generator)
+    chunks = [*reid.rerank_chunks(features[:15], features[15:], *settings)]
+    ours = torch.cat([distances for _, distances in chunks]).numpy()
+    assert [i for rows, _ in chunks for i in range(15)[rows]] == [*range(15)] and ours.dtype == np.float32
+    assert np.abs(ours - dense_reranking(features[:15].numpy(), features[15:].numpy(), *settings)).max() < 1e-5
+    alone = torch.cat([d for _, d in reid.rerank_chunks(features, None, *settings)]).numpy()  # each against all others
+    assert np.isposinf(alone.diagonal()).all() and np.abs(alone[:15, 15:] - ours).max() < 1e-5
 
 
 def brute_force(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
@@ -698,6 +813,40 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     assert [float(row[1]) for row in rows] == pytest.approx(sorted(product, reverse=True)[:12], rel=0.01)
     assert all(product[names.index(Path(row[-1]).name)] == pytest.approx(float(row[1]), rel=0.01) for row in rows)
     assert Image.open(folder / "find.png").size == (5 * 166 + 8, 3 * (256 + 4 * 18 + 24) + 8)
+
+
+def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(market, tmp_path, run):
+    strong = [*QUICK, "--recipe", "strong"]
+    run(par, *strong, "--head", "conv")
+    run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query", "--maps")
+    stage_1 = torch_load(tmp_path / "o.pt")
+    out, _ = run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")
+    stage_2 = torch_load(tmp_path / "r.pt")  # which starts from all of stage 1: backbone, branches, heads, identities
+    moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
+    assert not moved and stage_2["record"]["arguments"]["rungs"] == reid.RUNGS and stage_2["stage 1"] is None
+    out, _ = run(reid, "--eval", tmp_path / "r.pt", "--rerank")
+    rows = {row[0]: row for row in table_of(out, ", test set, ")}
+    networks, data = reid.load(CPU, stage_2), [common.load_market(market, part, (32, 32)) for part in ("query", "gallery")]
+    q, g = (reid.embed(networks, part, part.person_ids >= 0) for part in data)
+    distances = torch.cat([d for _, d in reid.rerank_chunks(q.features, g.features)])
+    expected = brute_force(distances, q.ids, q.cameras, g.ids, g.cameras, None, True)
+    assert rows["re-ranked"][1:4] == [f"{100 * expected[k]:.2f}" for k in ("mAP", "mAP_trapezoid", "rank1")]
+    assert out.count("re-ranked") == 3 and "hamming" in rows and rows["none"] != rows["re-ranked"]
+    out, _ = run(reid, "--eval", tmp_path / "r.pt", "--gallery", market / "query", "--find", "hat=yes")
+    assert "hat yes, among 20 images" in out
+    run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt")
+    assert "no Hamming filter" in run(reid, "--eval", tmp_path / "w.pt")[0]
+    assert torch_load(tmp_path / "w.pt")["record"]["arguments"]["rungs"] == [
+        "identity", "triplets", "smoothing", "erasing", "shift"] and len(torch_load(tmp_path / "w.last")["moments"]) == 1
+
+
+def test_training_on_all_identities_keeps_the_last_epoch(tmp_path, run):
+    out, _ = run(reid, *QUICK, "--epochs", 3, "--recipe", "strong", "--identities", "all", "--patience", 1)
+    saved = torch_load(tmp_path / "o.pt")
+    assert len(saved["train_ids"]) == 10 and not len(saved["validation_ids"]) and saved["record"]["best epoch"] == 3
+    assert "60 training and 0 validation crops, so that the last epoch is kept" in out and "  validation" not in out
+    out, _ = run(reid, "--eval", tmp_path / "o.pt")
+    assert "validation" not in out and "test set" in out and "at most 12 of 12" in out
 
 
 def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_path, run):
@@ -1004,6 +1153,9 @@ reid --init T/par.pt --eval T/reid.pt: not allowed with argument --init
 par --predict N: --predict PATH... needs --eval FILE, and --sheet and --maps go with --predict
 par --eval T/par.pt --predict N: No image could be read from
 reid --compare: so it needs --init FILE, a checkpoint of par.py
+reid --init T/par.pt --compare --identities all: and --identities all leaves none
+reid --recipe strong --without nick: invalid choice: 'nick' (choose from
+par --without neck: --without leaves out steps of the strong recipe: pass --recipe strong too
 reid --embed N/x.npz: --embed needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER
 reid --eval T/reid.pt --gallery N --find a=b: there is no attribute 'a', only age, gender, hair
