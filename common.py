@@ -275,7 +275,7 @@ class MatrixConv2d(nn.Conv2d):
     layer4's, of 4x2 pixels, forward and backward take half to two thirds of oneDNN's time this way."""
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
+        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 16 * self.stride[0] ** 2:
             return super().forward(x)
         s, (h, w) = self.stride[0], x.shape[2:]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
@@ -287,14 +287,16 @@ class Backbone(nn.Module):
     """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the last feature map
     [B, width, h, w], features [B, width], its mean over the places).
 
-    state: as from `backbone_weights`; None: random. Another network fits in if it has a `width` and gives such a pair.
+    state: as from `backbone_weights`; None: random. stride: of the last stage; 1 leaves the map twice as high and wide.
+    Another network fits in if it has a `width` and gives such a pair.
     """
 
-    def __init__(self, state=None):
+    def __init__(self, state=None, stride=2):
         super().__init__()
         net = resnet18()
         if state is not None:
             net.load_state_dict(state)
+        net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (stride, stride)
         for module in net.layer4.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                 module.__class__ = MatrixConv2d
@@ -350,7 +352,7 @@ def precision(device):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024): a matrix moves, by ten times the rate, along the orthogonal matrix
+    """Orthogonalised momentum (Jordan et al. 2024): a matrix moves, by twenty times the rate, along the orthogonal matrix
     nearest to its Nesterov momentum, so that all directions are learned at one pace. PyTorch has it from 2.9 on."""
 
     def __init__(self, matrices, lr):
@@ -368,7 +370,7 @@ class Muon(torch.optim.Optimizer):
             for _ in range(3):  # Newton-Schulz iterations: singular values go to about 1
                 a = x @ x.T
                 x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-            matrix.sub_(x * (10 * self.param_groups[0]["lr"]))
+            matrix.sub_(x * (20 * self.param_groups[0]["lr"]))
 
 
 def infer(model, crops, rows=None):
@@ -814,6 +816,32 @@ def write_picture(path, picture):
     """Write a Pillow image as PNG, with the mark that it is no crop of a person, and say where it is."""
     write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=MARK))
     print(f"As a picture: {path}", file=sys.stderr)
+
+
+def sheet(path, rows, height=256):
+    """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
+
+    A line is a text or a (text, colour); the longest are cut.
+    """
+    font, room, lines = ImageFont.load_default(14), 8, max(len(lines) for row in rows for _, lines, _ in row)
+    width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
+    wide, tall = max(150, width) + 2 * room, height + 18 * lines + 3 * room
+    picture = Image.new("RGB", (wide * max(map(len, rows)) + room, tall * len(rows) + room), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, row in enumerate(rows):
+        for k, (crop, lines, frame) in enumerate(row):
+            x, y = room + k * wide, room + i * tall
+            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+            picture.paste(image.resize((width, height), Image.Resampling.BICUBIC), (x, y))
+            if frame:
+                pen.rectangle([x - 4, y - 4, x + width + 3, y + height + 3], outline=frame, width=4)
+            for j, line in enumerate(lines):
+                text, colour = (line, INK) if isinstance(line, str) else line
+                text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
+                while pen.textlength(text, font) > wide - 2 * room:
+                    text = text.removesuffix("...")[:-1] + "..."
+                pen.text((x, y + height + room + 18 * j), text, colour, font)
+    write_picture(path, picture)
 
 
 # ---------------------------------------------------------------------------------------------------- the drawn demo

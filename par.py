@@ -43,7 +43,8 @@ class AttributeNet(nn.Module):
 
     def __init__(self, dropout=0.5, state=None, head="linear", identities=0, rungs=()):
         super().__init__()
-        self.backbone, self.conv, self.identities, self.rungs = common.Backbone(state), head == "conv", identities, rungs
+        self.conv, self.identities, self.rungs = head == "conv", identities, rungs
+        self.backbone = common.Backbone(state, 1 if "stride" in rungs else 2)
         wide, count, branch = self.backbone.width, len(ATTRIBUTES), 64
         if self.conv:
             self.look = nn.Sequential(nn.Conv2d(wide, count * branch, 3, padding=1, bias=False),
@@ -82,7 +83,7 @@ class AttributeNet(nn.Module):
 
 # What the strong recipe adds to the report's: identities learned beside attributes, its augmentation, its optimizer, and
 # the mirror image at test.
-RUNGS = ["identity", "neck", "erasing", "shift", "muon", "mirror"]
+RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
 # Each loss: its name in [report] table 2, whether it weighs classes, whether it is focal.
 LOSSES = {"ce": ("Vanilla CE", False, False), "wce": ("Weighted CE", True, False),
           "focal": ("Focal", False, True), "alpha": ("AlphaFocal", True, True)}
@@ -139,8 +140,8 @@ def most_probable(log_p):
 
 
 def predict(model, crops, rows=None):
-    """Most probable classes: uint8 crops [N, 3, H, W] -> int64 [N, 12], on the CPU."""
-    return most_probable(log_probabilities(common.infer(model, crops, rows)))[0].cpu()
+    """Of uint8 crops [N, 3, H, W]: -> as `most_probable`, on the CPU."""
+    return [values.cpu() for values in most_probable(log_probabilities(common.infer(model, crops, rows)))]
 
 
 def score(predicted, labels):
@@ -211,7 +212,7 @@ def train(args, record, market, split):
         return loss
 
     def validate():
-        accuracy, f1 = score(predict(model, market.images, validation), market.labels[validation])
+        accuracy, f1 = score(predict(model, market.images, validation)[0], market.labels[validation])
         return {"f1": f1.mean().item(), "accuracy": accuracy.mean().item()}
 
     print(f"\n{LOSSES[args.loss][0]}: {len(rows)} training and {len(validation)} validation crops of {len(train_ids)} "
@@ -233,7 +234,7 @@ def score_and_show(title, model, market, rows, training, reference=None):
     """Score `rows` of a `Market`, beside naming each attribute's commonest class among the rows `training` (of another
     one, `reference`), and print that: -> dict of name -> [12] fractions."""
     labels, counts = market.labels[rows], class_counts((reference or market).labels[training])
-    accuracy, f1 = score(predict(model, market.images, rows), labels)
+    accuracy, f1 = score(predict(model, market.images, rows)[0], labels)
     commonest = score(torch.stack([n.argmax() for n in counts]).expand_as(labels), labels)
     scores = {"accuracy": accuracy, "commonest accuracy": commonest[0], "f1": f1, "commonest f1": commonest[1]}
     show(title, scores)
@@ -254,12 +255,12 @@ def evaluate(args, record, checkpoint):
     training, validation = common.saved_split(checkpoint, market.person_ids, args.eval)
     for name, part, chosen in (("validation", market, validation), ("test", test, (test.labels >= 0).all(1))):
         rows, people = chosen.nonzero()[:, 0], part.person_ids[chosen].unique()
-        if not len(rows):
-            print(f"\nThe {name} crops have no annotations: not scored.")
-            continue
+        title = f"{args.eval} on {len(rows)} {name} crops of {len(people)} identities (%)"
         with common.timed(seconds, "scoring"):
-            title = f"{args.eval} on {len(rows)} {name} crops of {len(people)} identities (%)"
-            score_and_show(title, model, part, rows, training, market)
+            if len(rows):
+                score_and_show(title, model, part, rows, training, market)
+            else:
+                print(f"\nThe {name} crops have no annotations: not scored.")
     common.say_seconds(seconds)
 
 
@@ -273,15 +274,12 @@ def load(args, checkpoint):
 
 
 def predict_files(args, record, checkpoint):
-    """Write the attributes of the user's own images, and of all images in folders, as CSV on standard output.
-
-    With --sheet and --maps also as pictures, of the first of them.
-    """
+    """Write the attributes of the user's own images, as CSV on standard output; with --sheet and --maps also drawn."""
     model, seconds = load(args, checkpoint), record["seconds"]
     with common.timed(seconds, "reading"):
         market = common.read_user_images(args.predict, args.size)
     with common.timed(seconds, "predicting"):
-        found, sure = (values.cpu() for values in most_probable(log_probabilities(common.infer(model, market.images))))
+        found, sure = predict(model, market.images)
     named = [[classes[c] for classes, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
@@ -289,46 +287,19 @@ def predict_files(args, record, checkpoint):
     common.say_seconds(seconds, sys.stderr)
 
     captions = [[f"{a}: {c}  {v:.2f}" for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
-    shown = [*zip(market.images, ([Path(name).stem] for name in market.names), captions)][:60]
+    shown = [*zip(market.images, (Path(name).stem for name in market.names), captions)][:60]
     if args.sheet:
-        cells = [(crop, [*title, *lines], None) for crop, title, lines in shown]
-        sheet(args.out.with_name("par_sheet.png"), [cells[i:i + 6] for i in range(0, len(cells), 6)])
+        cells = [(crop, [name, *lines], None) for crop, name, lines in shown]
+        common.sheet(args.out.with_name("par_sheet.png"), [cells[i:i + 6] for i in range(0, len(cells), 6)])
     if args.maps:
         some = market.images[:20]
-        maps = F.interpolate(activation_maps(model, some, found[:20]), some.shape[2:], mode="bilinear")
-        maps = maps - maps.amin((2, 3), keepdim=True)
-        share = 0.7 * (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-9))[:, :, None] ** 2  # [n, 12, 1, H, W]
-        orange = torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1)
-        lit = (some[:, None] * (1 - share) + orange * share).byte()
-        sheet(args.out.with_name("par_maps.png"), height=192, rows=[
-            [(crop, title, None), *((mapped, [line], None) for mapped, line in zip(row, lines))]
-            for (crop, title, lines), row in zip(shown, lit)])
-
-
-def sheet(path, rows, height=256):
-    """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
-
-    A line is a text or a (text, colour); the longest are cut.
-    """
-    font, room, lines = ImageFont.load_default(14), 8, max(len(lines) for row in rows for _, lines, _ in row)
-    width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
-    wide, tall = max(150, width) + 2 * room, height + 18 * lines + 3 * room
-    picture = Image.new("RGB", (wide * max(map(len, rows)) + room, tall * len(rows) + room), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, row in enumerate(rows):
-        for k, (crop, lines, frame) in enumerate(row):
-            x, y = room + k * wide, room + i * tall
-            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
-            picture.paste(image.resize((width, height), Image.Resampling.BICUBIC), (x, y))
-            if frame:
-                pen.rectangle([x - 4, y - 4, x + width + 3, y + height + 3], outline=frame, width=4)
-            for j, line in enumerate(lines):
-                text, colour = (line, common.INK) if isinstance(line, str) else line
-                text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
-                while pen.textlength(text, font) > wide - 2 * room:
-                    text = text.removesuffix("...")[:-1] + "..."
-                pen.text((x, y + height + room + 18 * j), text, colour, font)
-    common.write_picture(path, picture)
+        maps = F.interpolate(activation_maps(model, some, found[:20]), some.shape[2:], mode="bilinear")[:, :, None]
+        maps = maps - maps.amin((3, 4), keepdim=True)
+        share = 0.7 * (maps / maps.amax((3, 4), keepdim=True).clamp(min=1e-9)) ** 2  # [n, 12, 1, H, W]
+        lit = (some[:, None] * (1 - share) + torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1) * share).byte()  # orange
+        common.sheet(args.out.with_name("par_maps.png"), height=192, rows=[
+            [(crop, [name], None), *((mapped, [line], None) for mapped, line in zip(row, lines))]
+            for (crop, name, lines), row in zip(shown, lit)])
 
 
 def statistics(args):

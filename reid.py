@@ -35,7 +35,7 @@ MARGIN = 10.0
 MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
 # What the strong recipe is made of, each of which --without leaves out: three losses, the BNNeck, label smoothing, its
 # augmentation, its optimizer, and the mirror image at test.
-RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "erasing", "shift", "muon", "mirror"]
+RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "stride", "erasing", "shift", "muon", "mirror"]
 VERDICTS = {"yes": MATCH, "unsure": common.GREY, "no": OTHER}
 
 
@@ -185,7 +185,7 @@ class Crops:
         return None if self.log_p is None else par.most_probable(self.log_p)[0]
 
 
-METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "length", "precision", "recall", "matches")
+METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "precision", "recall", "length", "matches")
 
 
 def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep=None, cross_camera=True):
@@ -257,8 +257,8 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     length = torch.searchsorted(ordered, ordered.new_full((len(ordered), 1), torch.inf))[:, 0].double()
     matches, early = matches.double(), [rank[:, 0] <= k for k in (1, 5, 10)]
     return torch.stack([at.sum(1) / matches, (at + just_before).sum(1) / 2 / matches, *early,
-                        torch.where(found == matches, matches / last, 0), length, found / length.clamp(min=1),
-                        found / matches, matches])
+                        torch.where(found == matches, matches / last, 0), found / length.clamp(min=1),
+                        found / matches, length, matches])
 
 
 def sort_rows(values):
@@ -372,16 +372,19 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
 def score_queries(query, gallery, selections, cross_camera, chunks=None):
     """Rank under several selections, in one pass over the distances: dict of name -> as `rank_queries`.
 
-    selections: dict of name -> function of distances [C, G] and of the number of predicted attributes that differ
-    [C, G] (None without stage 1) to bool [C, G], what is returned; or to None, all. chunks: other distances.
+    selections: dict of name -> the distance below which a crop is returned, and how many of its predicted attributes may
+    differ from the query's. chunks: of other distances, as `distance_chunks` yields them.
     """
     scores, shown = {name: new_scores(len(query.ids), query.ids.device) for name in selections}, gallery or query
     hot = None if shown.log_p is None else (one_hot(query.attributes), one_hot(shown.attributes))
     for rows, distances in chunks or distance_chunks(query, gallery):
         differ = hot and len(ATTRIBUTES) - hot[0][rows] @ hot[1].T
-        for name, select in selections.items():
+        for name, (below, most) in selections.items():
+            keep = None if below == torch.inf else distances < below
+            if most < len(ATTRIBUTES):
+                keep = differ <= most if keep is None else keep & (differ <= most)
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], shown.ids,
-                                                 shown.cameras, select(distances, differ), cross_camera)
+                                                 shown.cameras, keep, cross_camera)
     return scores
 
 
@@ -391,7 +394,7 @@ def score_selections(query, gallery, selections, cross_camera, chunks=None):
     return {name: mean_metrics(found) for name, found in scores.items()}
 
 
-EVERY = {"none": lambda distances, differ: None}  # no selection: all are returned
+EVERY = {"none": (torch.inf, len(ATTRIBUTES))}  # no selection: all are returned
 
 
 def one_hot(attributes):
@@ -401,7 +404,7 @@ def one_hot(attributes):
 
 def tune_hamming(query, gallery=None):
     """The Hamming parameter, 0 to 12, with the highest mAP across cameras (12 returns all); ties go to the smallest."""
-    tries = {k: lambda distances, differ, k=k: differ <= k for k in range(len(ATTRIBUTES) + 1)}
+    tries = {k: (torch.inf, k) for k in range(len(ATTRIBUTES) + 1)}
     scores = score_selections(query, gallery, tries, cross_camera=True)
     return max(scores, key=lambda k: scores[k]["mAP"])
 
@@ -550,30 +553,23 @@ def score_and_show(args, query, gallery, title, hamming):
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by both. Its
     protocol, all cameras, is scored only where each query ranks all others, gallery None. A Hamming parameter of None
-    is tuned on these crops; None comes back where no attributes are predicted. With --rerank, a row for that.
+    is tuned on these crops, if attributes are predicted. With --rerank, a row for that.
     """
     threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
-    chosen = EVERY | {"threshold": lambda distances, differ: distances < threshold}
-    if query.log_p is None:
-        hamming = None
-    else:
+    chosen, results = EVERY | {"threshold": (threshold, len(ATTRIBUTES))}, {}
+    if query.log_p is not None:
         hamming = tune_hamming(query, gallery) if hamming is None else hamming
-        chosen["hamming"] = lambda distances, differ: differ <= hamming
-        chosen["both"] = lambda distances, differ: (differ <= hamming) & (distances < threshold)
-    columns = {"mAP": "mAP", "mAP_trapezoid": "trapez.", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10",
-               "mINP": "mINP", "precision": "precision", "recall": "recall"}
-    results = {}
+        chosen |= {"hamming": (torch.inf, hamming), "both": (threshold, hamming)}
     for protocol in ("across cameras",) if gallery else ("all cameras", "across cameras"):
         results[protocol] = scores = score_selections(query, gallery, chosen, protocol == "across cameras")
         if args.rerank:
             chunks = rerank_chunks(query.features, gallery and gallery.features)
             scores["re-ranked"] = score_selections(query, gallery, EVERY, protocol == "across cameras", chunks)["none"]
-        rows = [[name] + [100 * m[k] for k in columns] + [f"{m['length']:.1f}"] for name, m in scores.items()]
-        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)",
-                     ["selection", *columns.values(), "length"], rows)
+        rows = [[name, *(100 * m[k] for k in METRICS[:-2]), m["length"]] for name, m in scores.items()]
+        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)", ["selection", *METRICS[:-1]], rows)
     print(f"threshold: distance < {threshold:.3f}" + " (the mean of all pairs)" * (args.threshold == "mean")
-          + ("; no Hamming filter: it predicts no attributes" if hamming is None else
-             f"; hamming: at most {hamming} of {len(ATTRIBUTES)} predicted attributes differ"))
+          + (f"; hamming: at most {hamming} of {len(ATTRIBUTES)} predicted attributes differ" if "both" in chosen else
+             "; no Hamming filter: it predicts no attributes"))
     return results, threshold, hamming
 
 
@@ -604,14 +600,9 @@ def draw_distances(path, curve, distance):
     def at(x, y):
         return np.interp(x, (0, edges[-1]), (140, 2200)), np.interp(y, (0, np.max(shares)), (1140, 150))
 
-    def ticks(end):  # about five round numbers
-        return np.arange(0, end, float(f"{end / 5:.0e}"))
-
-    for y in ticks(np.max(shares)):
-        pen.line((at(0, y), at(edges[-1], y)), "#e4e4e4", 3)
-        pen.text(at(0, y), f"{y:.6g} % ", common.INK, font, "rm")
-    for x in ticks(edges[-1]):
-        pen.text(np.add(at(x, 0), (0, 20)), f"{x:.6g}", common.INK, font, "mt")
+    across, up = (np.arange(0, end, float(f"{end / 5:.0e}")) for end in (edges[-1], np.max(shares)))  # round numbers
+    for x, y, text, anchor in [*((x, 0, f"\n{x:.6g}", "ma") for x in across), *((0, y, f"{y:.6g} % ", "rm") for y in up)]:
+        pen.text(at(x, y), text, common.INK, font, anchor)
     for name, line, colour in zip((*counts, f"same person < {distance:.2f}"), lines, common.COLOURS):
         pen.line([at(x, y) for x, y in zip(*line)], colour, 8, joint="curve")
         pen.text((legend, 60), name, colour, font, "rm")
@@ -632,10 +623,8 @@ def load(args, checkpoint):
 
 
 def evaluate(args, record, checkpoint):
-    """Score a checkpoint: validation under both protocols, the official test set under the standard one.
-
-    The Hamming parameter is tuned on validation and then used on test.
-    """
+    """Score a checkpoint: validation under both protocols, then the official test set, with the Hamming parameter tuned
+    on validation."""
     networks, curve, seconds = load(args, checkpoint), checkpoint.get("distances"), record["seconds"]
     with common.timed(seconds, "loading"):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
@@ -645,11 +634,10 @@ def evaluate(args, record, checkpoint):
         query, gallery = embed(networks, test[0]), embed(networks, test[1], real)
         validation = embed(networks, train, rows) if curve else None
     with common.timed(seconds, "ranking"):
-        hamming = args.hamming
+        hamming = len(ATTRIBUTES) if args.hamming is None else args.hamming  # of 12: nothing is rejected
         if curve:
-            *_, hamming = score_and_show(args, validation, None, f"{args.eval}, {len(rows)} validation crops", hamming)
-        elif hamming is None:  # trained on all identities: there is nothing to tune it on
-            hamming = len(ATTRIBUTES)
+            title = f"{args.eval}, {len(rows)} validation crops"
+            *_, hamming = score_and_show(args, validation, None, title, args.hamming)
         score_and_show(args, query, gallery, f"{args.eval}, test set, {len(real)} gallery crops", hamming)
     print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
           "buys is the precision of the returned lists, to the right with their recall and mean length.")
@@ -680,7 +668,7 @@ def show(path, query, gallery, test, real, count):
             caption = [(f"{rank}: {d:.2f}, {verdict}", colour), Path(test[1].names[real[g]]).stem]
             if d < torch.inf:
                 rows[-1].append((test[1].images[real[g]], caption, colour))
-    par.sheet(path, rows)
+    common.sheet(path, rows)
 
 
 def export(args, record, checkpoint):
@@ -734,7 +722,7 @@ def search(args, record, checkpoint):
     print(f"\nSame person: yes below {near:.3f}, no from {far:.3f} on. On validation, where {100 * share:.2f} % of all "
           f"pairs match,\n{100 * precision[yes]:.1f} % of the pairs below {near:.3f} did, and they were "
           f"{100 * recall[yes]:.1f} % of all that match; {100 * recall[no]:.1f} % are below {far:.3f}.")
-    par.sheet(args.out.with_name("search.png"), rows[:20])
+    common.sheet(args.out.with_name("search.png"), rows[:20])
     common.say_seconds(seconds)
 
 
@@ -772,7 +760,7 @@ def find(args, record, checkpoint):
             for (attribute, name), p in each.items())], None))
     common.table(f"{', '.join(map(' '.join, asked.items()))}, among {len(log_p)} images",
                  ["rank", "probability", "probable", "file"], lines)
-    par.sheet(args.out.with_name("find.png"), [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)])
+    common.sheet(args.out.with_name("find.png"), [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)])
     common.say_seconds(seconds)
 
 
@@ -813,7 +801,7 @@ def parser():
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
-    common.shared_flags(parser, (10, 20), (2e-5, 2e-3), (32, 16), "reid_best.pt", RUNGS)
+    common.shared_flags(parser, (10, 30), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
 
 

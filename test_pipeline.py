@@ -299,7 +299,7 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
         optimizer.step()
         momentum = 0.9 * momentum + 0.1 * gradient
         u, _, v = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
-        moved = (before - matrix.detach()) / 0.02
+        moved = (before - matrix.detach()) / 0.04
         assert ((moved * (u @ v)).sum() / moved.norm() / 40**0.5).item() > 0.97  # one direction
         assert 0.5 < torch.linalg.svdvals(moved).min() and torch.linalg.svdvals(moved).max() < 1.3
 
@@ -407,7 +407,7 @@ def test_score_equals_counting():
 
 def test_activation_maps_add_up_to_the_logits_which_must_be_finite(trained, market):
     model, crops = par.load(CPU, torch_load(trained.par)), common.load_market(market, "query").images[:5]
-    maps, logits = par.activation_maps(model, crops, par.predict(model, crops)), common.infer(model, crops)
+    maps, logits = par.activation_maps(model, crops, par.predict(model, crops)[0]), common.infer(model, crops)
     for k, z in enumerate(logits.split(SIZES, 1)):
         best, which = z.max(1)
         assert torch.allclose(maps[:, k].mean((1, 2)) + model.heads[k][1].bias[which], best, atol=1e-4)
@@ -567,8 +567,8 @@ def brute_force(distances, query_ids, query_cameras, gallery_ids, gallery_camera
                 rectangle += hits / rank / matches
                 trapezoid += (before + hits / rank) / 2 / matches
         totals.append([rectangle, trapezoid, first <= 1, first <= 5, first <= 10,
-                       matches / last if hits == matches else 0, len(returned),
-                       hits / len(returned) if returned else 0, hits / matches])
+                       matches / last if hits == matches else 0, hits / len(returned) if returned else 0,
+                       hits / matches, len(returned)])
     return dict(zip(reid.METRICS, np.mean(totals or [[math.nan]], axis=0).tolist())) | {"queries": len(totals)}
 
 
@@ -639,7 +639,7 @@ def test_a_threshold_never_raises_map_and_returns_what_it_says():
     assert mean == pytest.approx(brute[~torch.eye(60, dtype=torch.bool)].mean().item(), rel=1e-5)
     nine = reid.Crops(features[:9], ids[:9], cameras[:9], None)
     assert reid.mean_distance(nine, crops) == pytest.approx(brute[:9].mean().item(), rel=1e-5)
-    tries = {t: (lambda distances, differ, t=t: distances < t) for t in (0.1, 2.0, mean, 5.0, 99.0)}
+    tries = {t: (t, 12) for t in (0.1, 2.0, mean, 5.0, 99.0)}
     scores = reid.score_selections(crops, None, tries | reid.EVERY, cross_camera=True)
     maps = [scores[t]["mAP"] for t in sorted(tries)]
     assert maps == sorted(maps) and maps[-1] == scores["none"]["mAP"] and maps[0] < maps[2]
@@ -837,7 +837,7 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
     run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt")
     assert "no Hamming filter" in run(reid, "--eval", tmp_path / "w.pt")[0]
     assert torch_load(tmp_path / "w.pt")["record"]["arguments"]["rungs"] == [
-        "identity", "triplets", "smoothing", "erasing", "shift"] and len(torch_load(tmp_path / "w.last")["moments"]) == 1
+        "identity", "triplets", "smoothing", "stride", "erasing", "shift"] and len(torch_load(tmp_path / "w.last")["moments"]) == 1
 
 
 def test_training_on_all_identities_keeps_the_last_epoch(tmp_path, run):
