@@ -265,8 +265,8 @@ def augment(crops, warp):
     """Apply `random_warp`, [B, 2, 5], to crops [B, 3, H, W]: float32, black outside, the mean colour where erased."""
     grid = F.affine_grid(warp[:, :, :3], list(crops.shape), align_corners=False)
     x = F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    across, down = (torch.linspace(-1, 1, side, device=x.device) for side in (x.shape[3], x.shape[2]))
-    inside = [(at >= warp[:, k, 3:4]) & (at < warp[:, k, 4:]) for k, at in enumerate((across, down))]  # [B, W], [B, H]
+    centres = ((2 * torch.arange(side, device=x.device) + 1) / side - 1 for side in (x.shape[3], x.shape[2]))
+    inside = [(at >= warp[:, k, 3:4]) & (at < warp[:, k, 4:]) for k, at in enumerate(centres)]  # [B, W], [B, H]
     return torch.where((inside[0][:, None] & inside[1][:, :, None])[:, None], x.mean((0, 2, 3), keepdim=True), x)
 
 
@@ -423,7 +423,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     def step(pixels, warp, rows):
         x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
         with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-            loss = criterion(model(x).unflatten(0, rows.shape), rows)
+            outputs = model(x)
+        loss = criterion(outputs.float().unflatten(0, rows.shape), rows)
         loss.backward()
         for view, p in zip(views, parameters):
             view.grad, p.grad = None if p.grad is None else matrix(p.grad), None

@@ -288,6 +288,7 @@ def test_strong_augmentation_shifts_and_erases_what_it_says_in_the_mean_colour()
     gone = ((out - crops).abs() > 1e-2).any(1)
     assert torch.allclose(out.movedim(1, 3)[gone], mean, atol=0.1)
     assert gone.float().mean((1, 2)) == pytest.approx((across * down)[:300], abs=0.08)
+    assert gone[:, 0].any() and gone[:, -1].any() and gone[:, :, 0].any() and gone[:, :, -1].any()  # up to each side
 
 
 def test_muon_moves_along_the_nearest_orthogonal_matrix():
@@ -304,12 +305,17 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
         assert 0.5 < torch.linalg.svdvals(moved).min() and torch.linalg.svdvals(moved).max() < 1.3
 
 
-def test_augmentation_does_not_lose_precision_in_training(market, tmp_path, monkeypatch):
-    """bfloat16 coordinates would be wrong by a third of a pixel: the network must be given what `augment` says."""
+def test_augmentation_and_loss_do_not_lose_precision_in_training(market, tmp_path, monkeypatch):
+    """bfloat16 coordinates would be wrong by a third of a pixel: the network must be given what `augment` says. Distances
+    in bfloat16 would have two digits: the loss is computed in float32."""
     monkeypatch.setattr(common, "precision", lambda device: "bfloat16")
     given, data, model = [], common.load_market(market, "train"), par.AttributeNet()
     model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, model.backbone.width, requires_grad=True))
-    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", seed=3)
+
+    def criterion(outputs, rows):
+        assert outputs.dtype == (outputs[0] @ outputs[0].T).dtype == torch.float32
+        return outputs.sum()
+    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", criterion=criterion, seed=3)
     warp = common.random_warp(8, (128, 64), torch.Generator().manual_seed(3))
     assert torch.equal(given[0], common.augment(data.images[:8], warp))
 
