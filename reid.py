@@ -801,7 +801,7 @@ def parser():
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
-    common.shared_flags(parser, (10, 30), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
+    common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
 
 
