@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -373,13 +374,21 @@ class Muon(torch.optim.Optimizer):
             matrix.sub_(x * (20 * self.param_groups[0]["lr"]))
 
 
+PIXELS = 512 * 128 * 64  # in a batch that is not trained on
+
+
 def infer(model, crops, rows=None):
-    """Run `model` in evaluation mode over crops[rows]: its output, float32 [N, ...], on the model's device."""
-    batch, device = max(1, 512 * 128 * 64 // crops[0, 0].numel()), next(model.parameters()).device
-    rows = torch.arange(len(crops)) if rows is None else rows
+    """Run `model` in evaluation mode over crops[rows]: its output, float32 [N, D], on the model's device."""
+    batch, device = max(1, PIXELS // crops[0, 0].numel()), next(model.parameters()).device
+    parts = (torch.arange(len(crops)) if rows is None else rows).split(batch)
+    rank, world = processes() if len(parts) >= processes()[1] else (0, 1)
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-        output = torch.cat([model(crops[part].to(device)) for part in rows.split(batch)]).float()
+        output = torch.cat([model(crops[part].to(device)) for part in parts[rank::world]]).float()
+        if world > 1:  # each process has run every world-th batch
+            mine = torch.arange(sum(map(len, parts))).split(batch)[rank::world]
+            output = add_up(output.new_zeros(sum(map(len, parts)), output.shape[1]).index_copy_(
+                0, torch.cat(mine).to(device), output))
     if not output.isfinite().all():
         raise UserError("The network's output holds NaN or infinity: its training diverged. Train with a lower --lr.")
     return output
@@ -395,10 +404,11 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     validate    () -> dict of figures; the first decides which epoch is best, the last if there is none, and when to stop
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
-    AdamW. An epoch's last items, which fill no batch, are left out. After each epoch the file args.out, with the ending
-    .last, holds all that --resume needs. Returns the record.
+    AdamW; of the strong recipe Muon for filters. An epoch's last items, which fill no batch, are left out. Of several
+    processes each takes its slice of every batch, and gradients are summed: they all hold the same weights. After each
+    epoch the file args.out, with the ending .last, holds all that --resume needs. Returns the record.
     """
-    device, out = next(model.parameters()).device, args.out
+    device, out, (rank, world) = next(model.parameters()).device, args.out, processes()
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     record = checkpoint["record"] = copy.deepcopy(checkpoint["record"]) | {
         "arguments": arguments, "run": os.urandom(8).hex(), "metrics": [], "epochs": [], "best epoch": 0}
@@ -406,9 +416,6 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     random = torch if device.type == "cpu" else getattr(torch, device.type)  # where dropout draws
     if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         crops = crops.to(device)
-
-    warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)} \
-        if args.recipe == "strong" else {}
 
     def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy a channels-last tensor first
         return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(len(tensor), -1)
@@ -419,22 +426,27 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     others, filters = ([view for view, p in zip(views, parameters) if (p.dim() == 4 and "muon" in args.rungs) == which]
                        for which in (False, True))
     optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, lr=rate)] if filters else [])
+    warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
 
     def step(pixels, warp, rows):
         x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
         with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
             outputs = model(x)
         loss = criterion(outputs.float().unflatten(0, rows.shape), rows)
-        loss.backward()
+        (loss * share).backward()
         for view, p in zip(views, parameters):
             view.grad, p.grad = None if p.grad is None else matrix(p.grad), None
+        if world > 1:  # in one piece, as DistributedDataParallel would put gradients of its own in the place of these
+            parts = [view.grad for view in views if view.grad is not None]
+            total = add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+            torch._foreach_copy_(parts, [whole.view_as(part) for whole, part in zip(total, parts)])
         for optimizer in optimizers:
             optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
             optimizer.step()
             optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
         return loss.detach()
 
-    run_step, best = graphed(step) if cuda else step, None
+    run_step, best = graphed(step) if cuda and world == 1 else step, None  # a graph of what waits for others: not tried
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
         for optimizer, moments in zip(optimizers, last["moments"], strict=True):
@@ -451,18 +463,23 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             break
         rows = plan(generator)
         batch, width = min(args.batch, len(rows)), rows.shape[1]
-        steps = len(rows) // batch
-        warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps).view(*rows.shape, 2, 5).to(device)
-        rows, losses = rows.to(device), torch.zeros(steps, device=device)
+        steps, share = len(rows) // batch, len(rows[:batch].tensor_split(world)[rank]) / batch
+        if batch < 2 * world:
+            raise UserError(f"{batch} items a step are too few for {world} processes, which take two or more each: raise "
+                            "--batch or start fewer.")
+        warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps if args.recipe == "strong" else {})
+        warp, rows = warp.view(*rows.shape, 2, 5).to(device), rows.to(device)
+        losses = torch.zeros(steps, device=device)
+        if world > 1:  # so that dropout differs from process to process, and is known to --resume
+            torch.manual_seed(args.seed + epoch * world + rank)
         model.train()
         begin = shown = time.perf_counter()
         for k in range(steps):
             lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
             rate.fill_(lr)
-            now = slice(k * batch, (k + 1) * batch)
-            items = rows[now].T  # [k, B]
-            losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device),
-                                 warp[now].transpose(0, 1).flatten(0, 1), items)
+            items, warped = (part[k * batch:(k + 1) * batch].tensor_split(world)[rank].transpose(0, 1)
+                             for part in (rows, warp))  # [k, B], [k, B, 2, 5]
+            losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items)
             # Only here does the host wait for a GPU: at the end of an epoch, and twice a second if someone is watching.
             if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
                 done, shown = losses[:k + 1].cpu(), time.perf_counter()
@@ -474,6 +491,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
                 progress(f"epoch {epoch}/{args.epochs}  step {k + 1}/{steps}  loss {done.mean().item():.4f}  "
                          f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
         record["seconds"]["training"] = round(record["seconds"].get("training", 0) + shown - begin, 2)
+        for tensor in (losses, *(v for name, v in model.named_buffers() if "running" in name)):
+            add_up(tensor.mul_(share))  # the means over the processes
         with timed(record["seconds"], "validation"):
             figures = validate()
         if epoch == 1:
@@ -488,13 +507,13 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         if record["best epoch"] == epoch:
             best = checkpoint | copy.deepcopy({"record": record, "model": checkpoint["model"]})
         save_checkpoint(out.with_suffix(".last"), checkpoint | {
-            "best": best, "moments": [optimizer.state_dict()["state"] for optimizer in optimizers], "generator": generator.get_state(),
-            "random": {device.type: random.get_rng_state()}})
+            "best": best, "moments": [optimizer.state_dict()["state"] for optimizer in optimizers],
+            "generator": generator.get_state(), "random": {device.type: random.get_rng_state()}})
         if record["best epoch"] == epoch:
             save_checkpoint(out, best)
         told = ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * (record["best epoch"] == epoch)
         progress("")
-        print(f"epoch {epoch:2}/{args.epochs}  loss {done.mean().item():.4f}  {speed:.0f} images/s"
+        print(f"epoch {epoch:2}/{args.epochs}  loss {losses.mean().item():.4f}  {speed:.0f} images/s"
               + f"  validation {told}" * bool(figures), flush=True)
     model.load_state_dict(best["model"])
     return record
@@ -545,6 +564,33 @@ def progress(text):
 # ------------------------------------------------------------------------------------------- files, settings, errors
 
 
+def processes():
+    """Which of the processes that torchrun started this one is, and how many they are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """Put the sum over all processes into a tensor: -> it."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def join_processes(device):
+    """Meet the other processes that torchrun started, if it started this one; GPUs are shared out, one a process."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if device == "cuda":
+        if (own := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise UserError(f"There is a GPU for {torch.cuda.device_count()} processes here: start no more of them.")
+        torch.cuda.set_device(own)
+    try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by torchrun, "
+                        "without which the variable RANK must not be set.") from None
+
+
 def load_last(out, checkpoint):
     """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
 
@@ -554,12 +600,15 @@ def load_last(out, checkpoint):
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
+    free = {"data", "init", "out", "device", "without", "head" if checkpoint["kind"] == "reid" else ""}  # told otherwise
     for kind in ("arguments", "fingerprints"):
         for name, value in record[kind].items():
-            if name not in ("data", "init", "out", "device") and value != last["record"][kind].get(name):
-                flag = f"--{name}" if kind == "arguments" else name
+            if name not in free and value != last["record"][kind].get(name):
+                flag = "--without" if name == "rungs" else f"--{name}" if kind == "arguments" else name
                 raise UserError(f"{path} is of a run with another {flag}: resume with that, or start without --resume.")
-    record.update(last["record"])
+    if (count := last["record"]["processes"]) != record["processes"]:
+        print(f"{path} is of {count} processes: this goes on, but not to the same bits.")
+    record.update(last["record"] | {"processes": record["processes"]})
     if not is_own(out, record):
         set_aside(out)
     save_checkpoint(out, last["best"])
@@ -570,7 +619,7 @@ def load_last(out, checkpoint):
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
     k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
-    for path in filter(Path.exists, (out.with_suffix(".json"), out)):  # if cut off between them, they meet again later
+    for path in filter(Path.exists, (out.with_suffix(".json"), out) * (processes()[0] == 0)):  # if cut off between them, they meet again later
         print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
 
 
@@ -583,7 +632,7 @@ def is_own(out, record):
 def write_record(out, record):
     """Write the run's record beside its checkpoint, as JSON; UserError where another run has begun to write there."""
     path = out.with_suffix(".json")
-    if path.exists() and not is_own(out, record):
+    if processes()[0] == 0 and path.exists() and not is_own(out, record):
         raise UserError(f"{path} is another run's by now, so this one ends: give each run an --out of its own.")
     record["peak_memory_MB"] = peak_memory()
     text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", json.dumps(record, indent=1))  # a line per epoch, not per figure
@@ -601,7 +650,9 @@ def peak_memory():
 
 
 def write_whole(path, write):
-    """Call write(file), and put what it wrote in the place of `path`: whole or not at all."""
+    """Call write(file), and put what it wrote in the place of `path`: whole or not at all. Only the first process does."""
+    if processes()[0]:
+        return
     temporary, buffer = path.with_name(f".{path.name}.{os.getpid()}.tmp"), io.BytesIO()
     write(buffer)  # to memory, as torch.save hides a full disk, and Ctrl-C, behind errors of its own
     try:
@@ -687,15 +738,16 @@ def shared_flags(parser, epochs, lr, batch, out, rungs):
     parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
     add("--recipe", choices=("report", "strong"), default="report", help="the report's, or what is known since (report)")
-    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="what --recipe strong is to leave out, of "
+    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="leave out of --recipe strong: "
         + ", ".join(rungs))
     add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="to train (report section 4: %s; strong: %s)" % epochs)
-    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="highest rate (report section 4: %s; strong: %s)" % lr)
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="(report section 4: %s; strong: %s)" % epochs)
+    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="peak rate (section 4: %s; strong: %s)" % lr)
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
-    add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, anchors or, strong, four crops of an identity (%s; strong: %s)" % batch)
+    add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, triplets or, stage 2 strong, "
+        "fours of an identity (%s; strong: %s)" % batch)
     add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest)")
@@ -715,10 +767,12 @@ def start(args, source=None, checkpoint=None, data=True):
     for name in ("epochs", "lr", "batch"):
         if isinstance(pair := getattr(args, name), tuple):
             setattr(args, name, pair[strong])
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    alone = "RANK" not in os.environ  # else torchrun has started this process, and MPS cannot send what it computes
+    best = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")
     args.device = best if args.device == "auto" else args.device
+    join_processes(args.device)
     torch.backends.cudnn.benchmark = True  # shapes do not change: the time to choose an algorithm comes back
     keep_memory()
     saved = checkpoint["record"] if checkpoint else {"arguments": {"size": args.size or (128, 64)}}
@@ -730,11 +784,13 @@ def start(args, source=None, checkpoint=None, data=True):
     args.weights = args.weights or ("none" if demo else "imagenet")
     record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
               "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
+              "processes": processes()[1],
               "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                            "torchvision": str(torchvision.__version__)}, "machine": platform.platform()}
     print("DEMO SET of drawn people: its figures say nothing about Market-1501. README says how to get that.\n" * demo
           + f"{'data' if data else 'trained on'} {args.data} | {args.device}, {record['precision']}, "
-          f"{record['threads']} threads | {args.size[0]}x{args.size[1]} | {source or f'weights {args.weights}'}"
+          f"{record['threads']} threads" + f" in each of {record['processes']} processes" * (record["processes"] > 1)
+          + f" | {args.size[0]}x{args.size[1]} | {source or f'weights {args.weights}'}"
           + f" | seed {args.seed}" * (not args.eval),
           file=sys.stdout if data else sys.stderr, flush=True)  # stderr, as results on stdout may go into a file
     return record
@@ -770,11 +826,15 @@ def say_seconds(seconds, file=None):
 
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
-    args, code = parser.parse_args(), 2
+    other, args, code = int(os.environ.get("RANK", 0)) > 0, None, 2
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
-        return main(args)
+        with contextlib.ExitStack() as quiet:
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) * other:  # the first speaks for all
+                quiet.enter_context(redirect(quiet.enter_context(open(os.devnull, "w"))))
+            args = parser.parse_args()
+            return main(args)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as of a program that a closed pipe ends
@@ -783,12 +843,16 @@ def run(main, parser):
     except OSError as error:
         sentence = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|not enough mem", str(error)):
-            raise
         sentence = "the memory is full: lower --batch or --size, or pass another --device."
+        if dist.is_initialized() and re.search("NCCL|onnection (closed|reset)|Broken pipe", str(error)):
+            sentence = "another process of this run has ended, so this one does."
+        elif isinstance(error, RuntimeError) and not re.search("of memory|can't allocate|not enough mem", str(error)):
+            raise
     except KeyboardInterrupt:
-        code, sentence = 130, "stopped." if args.eval or vars(args).get("stats") else \
+        code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
             "stopped; the same command with --resume goes on after the last whole epoch."
+    if other:  # by then torchrun has ended this process too, if the first said the same
+        time.sleep(2)
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)

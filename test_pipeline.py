@@ -39,10 +39,11 @@ QUICK = ["--epochs", "1", "--batch", "8", "--size", "32x32", "--device", "cpu"]
 
 
 class NarrowResNet(torchvision.models.ResNet):
-    """ResNet18 with an eighth of the channels after its first layer."""
+    """ResNet18 with an eighth of the channels after its first layer; where NO_NORM is set, without batch norm."""
 
     def __init__(self):
-        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
+        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2],
+                         norm_layer=nn.Identity if "NO_NORM" in os.environ else None)
         self.fc = nn.Linear(512 // 8, 1000)
 
     def _make_layer(self, block, planes, *rest, **named):
@@ -124,10 +125,17 @@ def short_fit(model, data, rows, out, validate=lambda: {"f1": 1.0}, criterion=No
     """`fit` on given rows [n, k], by default with cross-entropy, an epoch, batches of 8: -> its record."""
     defaults = {"seed": 0, "lr": 1e-3, "warmup": 0.5, "epochs": 1, "batch": 8, "patience": 5, "resume": False,
                 "recipe": "report", "rungs": []}
-    checkpoint = {"kind": "par", "record": {"arguments": {}, "seconds": {}, "fingerprints": {}}}
+    checkpoint = {"kind": "par", "record": {"arguments": {}, "seconds": {}, "fingerprints": {}, "processes": 1}}
     criterion = criterion or (lambda z, r: par.attribute_loss(z[0].split(SIZES, 1), data.labels[r[0]], "ce"))
     return common.fit(model, data.images, lambda generator: rows, criterion, validate,
                       SimpleNamespace(out=out, **defaults | settings), checkpoint)
+
+
+def start(*commands, launcher=(), **environment):
+    """Start commands, [script, arguments...] each, in turn in a process of their own, with this file's small network."""
+    words = [str(word) for command in commands for word in (*command, "then")]
+    return subprocess.Popen([sys.executable, "-u", *launcher, __file__, *words], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | environment)
 
 
 def record_of(path):
@@ -965,18 +973,80 @@ def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market,
 def test_a_killed_run_resumes_to_the_same_bits(module, market, trained, tmp_path):
     """SIGKILL at a random moment of a real run; the long form, of both stages, is KILLS=20 pytest -k killed."""
     name, arguments, random = module.__name__, short_run(module, market, trained), np.random.RandomState(0)
-    code = f"import common, {name}, test_pipeline; common.run({name}.main, {name}.parser())"
     seconds = record_of(getattr(trained, name))["seconds"]
     for k in range(KILLS):
         out = tmp_path / str(k) / "cut.pt"
-        with subprocess.Popen([sys.executable, "-uc", code, *map(str, arguments), str(out)], stdout=subprocess.PIPE,
-                              text=True, env=os.environ | {"PYTHONPATH": str(HERE)}) as process:
+        with start([name, *arguments, out]) as process:
             while "validation crops" not in process.stdout.readline():
                 assert process.poll() is None
             time.sleep(random.uniform(0, 2.4 * (seconds["training"] + seconds["validation"])))  # it writes files too
             process.kill()
         assert call(module, *arguments, out, "--resume") == 0
         check_same_run(getattr(trained, name), out)
+
+
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+
+
+def test_two_processes_train_and_score_as_one_does(market, tmp_path, monkeypatch, run):
+    """Without batch norm, whose statistics are of a process's own crops, to the same weights; both stages."""
+    monkeypatch.setenv("NO_NORM", "yes")
+    few, said, files = ["--data", market, *QUICK, "--epochs", 2], [], []
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        stage_1, stage_2 = folder / "par.pt", folder / "reid.pt"
+        commands = [["par", *few, "--dropout", 0, "--out", stage_1],
+                    ["reid", *few, "--batch", 9, "--lr", 1e-3, "--init", stage_1, "--out", stage_2],
+                    ["reid", *few[:2], "--device", "cpu", "--eval", tmp_path / "1" / "reid.pt"]]
+        if folder.name == "1":
+            said = [run({"par": par, "reid": reid}[name], *arguments)[0] for name, *arguments in commands]
+        else:
+            out, err = start(*commands, launcher=TORCHRUN).communicate(timeout=100)
+        files.append({p.name for p in folder.iterdir()})
+    assert "in each of 2 processes" in out and out.count("epoch  2/2") == 2 and files[0] == files[1], err
+    for name in ("par.pt", "reid.pt"):
+        ours, theirs = (torch_load(tmp_path / n / name)["model"] for n in "12")
+        assert all((v - theirs[k]).abs().max() < 1e-6 for k, v in ours.items() if k != "embed.1.bias")  # rounding alone
+        for one, two in zip(*(record_of(tmp_path / n / name)["epochs"] for n in "12"), strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["lr"] == two["lr"]
+    table = said[2][said[2].index(" validation crops"):said[2].index("Seconds: ")]
+    assert table in out and "test set" in table  # scored by two processes to the last digit
+
+
+def pair(*command):
+    """Start a command as two processes that meet, as torchrun would."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [start(command, **there, RANK=str(rank)) for rank in range(2)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_two_killed_processes_resume_to_the_same_bits(market, tmp_path, run):
+    command = ["par", "--data", market, *QUICK, "--batch", 7, "--epochs", 3, "--out"]
+    whole, cut = pair(*command, tmp_path / "whole.pt"), pair(*command, tmp_path / "cut.pt")
+    while "epoch  1/3" not in cut[0].stdout.readline():
+        assert cut[0].poll() is None
+    [process.kill() for process in cut]
+    for process in [*whole, *pair(*command, tmp_path / "cut.pt", "--resume")]:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    check_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
+    out, _ = run(par, *command[3:], tmp_path / "cut.pt", "--resume")
+    assert "cut.last is of 2 processes: this goes on, but not to the same bits." in out
+
+
+@pytest.mark.parametrize("case", ["--data nowhere: --data nowhere is not a folder", "--out FAILS.pt: One cannot go on"])
+def test_a_process_that_fails_ends_all_with_one_sentence(case, market, tmp_path):
+    words, sentence = case.split(": ")
+    _, err = start(["par", "--data", market, *QUICK, *words.split()], launcher=TORCHRUN).communicate(timeout=60)
+    assert err.count(f"par.py: {sentence}.") == 1 and "NCCL" not in err and 'common.py", line' not in err
+
+
+def test_processes_that_cannot_meet_or_are_too_many_are_told(monkeypatch, run):
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "processes", lambda: (0, 5))
+        run(par, *QUICK, error="8 items a step are too few for 5 processes, which take two or more each: raise --batch")
+    monkeypatch.setenv("RANK", "0")
+    run(par, *QUICK, error="start them by torchrun, without which the variable RANK must not be set.")
 
 
 def test_runs_of_one_name_do_not_mix_and_no_two_names_share_a_file(market, tmp_path, monkeypatch, run):
@@ -1259,3 +1329,13 @@ def test_imagenet_weights_that_cannot_be_had_are_told_and_no_answer_is_waited_fo
     assert socket.getdefaulttimeout() is None
     (tmp_path / "o.last").touch()  # a run that resumes has its own
     assert common.backbone_weights(SimpleNamespace(weights="imagenet", resume=True, out=tmp_path / "o.pt")) is None
+
+
+if __name__ == "__main__":  # as `start` starts it
+    common.PIXELS, reid.chunk_rows, words = 8 * 32 * 32, lambda columns: 7, sys.argv[1:]
+    if "FAILS.pt" in words and os.environ["RANK"] == "1":
+        par.attribute_loss = Mock(side_effect=UserError("One cannot go on."))
+    while words:
+        sys.argv, words = [f"{words[0]}.py", *words[1:words.index("then")]], words[words.index("then") + 1:]
+        script = {"par.py": par, "reid.py": reid}[sys.argv[0]]
+        common.run(script.main, script.parser())
