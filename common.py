@@ -353,8 +353,8 @@ def precision(device):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024): a matrix moves, by twenty times the rate, along the orthogonal matrix
-    nearest to its Nesterov momentum, so that all directions are learned at one pace. PyTorch has it from 2.9 on."""
+    """Orthogonalised momentum (Jordan et al. 2024), which PyTorch has from 2.9 on: a matrix moves, twenty times as fast
+    as the rate, along the orthogonal matrix nearest to its Nesterov momentum: all directions are learned at one pace."""
 
     def __init__(self, matrices, lr):
         super().__init__(matrices, {"lr": lr})
@@ -380,15 +380,15 @@ PIXELS = 512 * 128 * 64  # in a batch that is not trained on
 def infer(model, crops, rows=None):
     """Run `model` in evaluation mode over crops[rows]: its output, float32 [N, D], on the model's device."""
     batch, device = max(1, PIXELS // crops[0, 0].numel()), next(model.parameters()).device
-    parts = (torch.arange(len(crops)) if rows is None else rows).split(batch)
+    rows = torch.arange(len(crops)) if rows is None else rows
+    parts = rows.split(batch)
     rank, world = processes() if len(parts) >= processes()[1] else (0, 1)
+    first, end = (k * len(parts) // world for k in (rank, rank + 1))  # whole batches: figures do not depend on `world`
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-        output = torch.cat([model(crops[part].to(device)) for part in parts[rank::world]]).float()
-        if world > 1:  # each process has run every world-th batch
-            mine = torch.arange(sum(map(len, parts))).split(batch)[rank::world]
-            output = add_up(output.new_zeros(sum(map(len, parts)), output.shape[1]).index_copy_(
-                0, torch.cat(mine).to(device), output))
+        output = torch.cat([model(crops[part].to(device)) for part in parts[first:end]]).float()
+        if world > 1:
+            output = add_up(F.pad(output, (0, 0, first * batch, len(rows) - first * batch - len(output))))
     if not output.isfinite().all():
         raise UserError("The network's output holds NaN or infinity: its training diverged. Train with a lower --lr.")
     return output
@@ -401,7 +401,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     plan        generator -> int64 [n, k], drawn anew for each epoch: n items, each of k rows of `crops` (1 for
                 attributes, 3 for a triplet). A step takes B of them, their k x B crops in one forward pass
     criterion   (the model's outputs [k, B, ...], the rows of `crops` they belong to [k, B]) -> scalar loss
-    validate    () -> dict of figures; the first decides which epoch is best, the last if there is none, and when to stop
+    validate    () -> dict of figures; the first decides which epoch is best (without any, the last) and when to stop
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
     AdamW; of the strong recipe Muon for filters. An epoch's last items, which fill no batch, are left out. Of several
@@ -417,7 +417,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         crops = crops.to(device)
 
-    def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy a channels-last tensor first
+    def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy what is channels-last
         return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(len(tensor), -1)
 
     parameters = list(model.to(memory_format=torch.channels_last).parameters())
@@ -439,14 +439,14 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         if world > 1:  # in one piece, as DistributedDataParallel would put gradients of its own in the place of these
             parts = [view.grad for view in views if view.grad is not None]
             total = add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-            torch._foreach_copy_(parts, [whole.view_as(part) for whole, part in zip(total, parts)])
+            [part.copy_(whole.view_as(part)) for part, whole in zip(parts, total)]
         for optimizer in optimizers:
             optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
             optimizer.step()
             optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
         return loss.detach()
 
-    run_step, best = graphed(step) if cuda and world == 1 else step, None  # a graph of what waits for others: not tried
+    run_step, best = graphed(step) if cuda and world == 1 else step, None  # of one that waits for others: never tried
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
         for optimizer, moments in zip(optimizers, last["moments"], strict=True):
@@ -465,8 +465,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         batch, width = min(args.batch, len(rows)), rows.shape[1]
         steps, share = len(rows) // batch, len(rows[:batch].tensor_split(world)[rank]) / batch
         if batch < 2 * world:
-            raise UserError(f"{batch} items a step are too few for {world} processes, which take two or more each: raise "
-                            "--batch or start fewer.")
+            raise UserError(f"{batch} items a step are too few for {world} processes, which take two or more each: "
+                            "raise --batch or start fewer.")
         warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps if args.recipe == "strong" else {})
         warp, rows = warp.view(*rows.shape, 2, 5).to(device), rows.to(device)
         losses = torch.zeros(steps, device=device)
@@ -495,7 +495,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             add_up(tensor.mul_(share))  # the means over the processes
         with timed(record["seconds"], "validation"):
             figures = validate()
-        if epoch == 1:
+        if epoch == 1 and not rank:
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
                                  "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
@@ -587,8 +587,8 @@ def join_processes(device):
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by torchrun, "
-                        "without which the variable RANK must not be set.") from None
+        raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
+                        "torchrun, without which the variable RANK must not be set.") from None
 
 
 def load_last(out, checkpoint):
@@ -600,7 +600,7 @@ def load_last(out, checkpoint):
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
-    free = {"data", "init", "out", "device", "without", "head" if checkpoint["kind"] == "reid" else ""}  # told otherwise
+    free = {"data", "init", "out", "device", "without", *["head"] * (checkpoint["kind"] == "reid")}  # or told by others
     for kind in ("arguments", "fingerprints"):
         for name, value in record[kind].items():
             if name not in free and value != last["record"][kind].get(name):
@@ -609,7 +609,7 @@ def load_last(out, checkpoint):
     if (count := last["record"]["processes"]) != record["processes"]:
         print(f"{path} is of {count} processes: this goes on, but not to the same bits.")
     record.update(last["record"] | {"processes": record["processes"]})
-    if not is_own(out, record):
+    if not is_own(out, record) and not processes()[0]:
         set_aside(out)
     save_checkpoint(out, last["best"])
     print(f"Going on after epoch {len(record['epochs'])}.")
@@ -619,7 +619,7 @@ def load_last(out, checkpoint):
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
     k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
-    for path in filter(Path.exists, (out.with_suffix(".json"), out) * (processes()[0] == 0)):  # if cut off between them, they meet again later
+    for path in filter(Path.exists, (out.with_suffix(".json"), out)):  # if cut off between them, they meet again later
         print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
 
 
@@ -650,7 +650,7 @@ def peak_memory():
 
 
 def write_whole(path, write):
-    """Call write(file), and put what it wrote in the place of `path`: whole or not at all. Only the first process does."""
+    """Call write(file), and put what it wrote in the place of `path`, whole or not at all; in the first process only."""
     if processes()[0]:
         return
     temporary, buffer = path.with_name(f".{path.name}.{os.getpid()}.tmp"), io.BytesIO()
@@ -731,19 +731,19 @@ def image_size(text):
 
 
 def shared_flags(parser, epochs, lr, batch, out, rungs):
-    """Add the flags that both scripts have; defaults are the report's, or a pair of the report's and the strong recipe's.
+    """Add the flags that both scripts have; defaults are the report's, or pairs of the report's and the strong recipe's.
 
-    rungs: the steps that the strong recipe takes beyond the report, which --without takes one by one.
+    rungs: the steps that the strong recipe takes beyond the report, which --without leaves out.
     """
     parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
-    add("--recipe", choices=("report", "strong"), default="report", help="the report's, or what is known since (report)")
+    add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
     add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="leave out of --recipe strong: "
         + ", ".join(rungs))
     add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="(report section 4: %s; strong: %s)" % epochs)
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="(section 4: %s; strong: %s)" % epochs)
     add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="peak rate (section 4: %s; strong: %s)" % lr)
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
     add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, triplets or, stage 2 strong, "
@@ -831,7 +831,7 @@ def run(main, parser):
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
         with contextlib.ExitStack() as quiet:
-            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) * other:  # the first speaks for all
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) * other:  # the first tells all
                 quiet.enter_context(redirect(quiet.enter_context(open(os.devnull, "w"))))
             args = parser.parse_args()
             return main(args)
@@ -851,8 +851,8 @@ def run(main, parser):
     except KeyboardInterrupt:
         code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
             "stopped; the same command with --resume goes on after the last whole epoch."
-    if other:  # by then torchrun has ended this process too, if the first said the same
-        time.sleep(2)
+    if other:  # by the end of this torchrun has ended this process, if the first has said the same
+        time.sleep(2 if code == 2 else 60)
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)
