@@ -353,8 +353,8 @@ def precision(device):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024), which PyTorch has from 2.9 on: a matrix moves, twenty times as fast
-    as the rate, along the orthogonal matrix nearest to its Nesterov momentum: all directions are learned at one pace."""
+    """Orthogonalised momentum (Jordan et al. 2024), which PyTorch has from 2.9 on: a matrix moves, by twenty times the
+    rate, along the orthogonal matrix nearest to its Nesterov momentum, so that it learns all directions at one pace."""
 
     def __init__(self, matrices, lr):
         super().__init__(matrices, {"lr": lr})
@@ -650,7 +650,7 @@ def peak_memory():
 
 
 def write_whole(path, write):
-    """Call write(file), and put what it wrote in the place of `path`, whole or not at all; in the first process only."""
+    """Call write(file), and put what it wrote in the place of `path`, whole or not at all; the first process does."""
     if processes()[0]:
         return
     temporary, buffer = path.with_name(f".{path.name}.{os.getpid()}.tmp"), io.BytesIO()
@@ -731,7 +731,7 @@ def image_size(text):
 
 
 def shared_flags(parser, epochs, lr, batch, out, rungs):
-    """Add the flags that both scripts have; defaults are the report's, or pairs of the report's and the strong recipe's.
+    """Add the flags of both scripts; their defaults are the report's, or pairs of the report's and the strong recipe's.
 
     rungs: the steps that the strong recipe takes beyond the report, which --without leaves out.
     """
