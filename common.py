@@ -44,16 +44,9 @@ from torchvision.transforms.v2.functional import resize
 # Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
 # class of both colours, "multi", is the report's own (section 2): an identity with no single colour flagged.
 ATTRIBUTES = {
-    "age": ("young", "teenager", "adult", "old"),
-    "gender": ("male", "female"),
-    "hair": ("short", "long"),
-    "up": ("long", "short"),
-    "down": ("long", "short"),
-    "clothes": ("dress", "pants"),
-    "hat": ("no", "yes"),
-    "backpack": ("no", "yes"),
-    "bag": ("no", "yes"),
-    "handbag": ("no", "yes"),
+    "age": ("young", "teenager", "adult", "old"), "gender": ("male", "female"), "hair": ("short", "long"),
+    "up": ("long", "short"), "down": ("long", "short"), "clothes": ("dress", "pants"),
+    "hat": ("no", "yes"), "backpack": ("no", "yes"), "bag": ("no", "yes"), "handbag": ("no", "yes"),
     "upcolor": ("black", "white", "red", "purple", "yellow", "gray", "blue", "green", "multi"),
     "downcolor": ("black", "white", "pink", "purple", "yellow", "gray", "blue", "green", "brown", "multi"),
 }
@@ -103,12 +96,10 @@ def load_market(root, part, size=(128, 64), annotated=True):
                         "(0002_c1s1_000451_03.jpg: identity 2, camera 1): rename it or move it out of the folder.")
     ids, cameras = ([int(m[k]) for m in parsed] for k in (1, 2))
     known = read_annotations(Path(root), "train" if part == "train" else "test") if annotated else {}
-    missing = [i for i in ids if i > 0 and i not in known]
-    if known and missing:
+    if known and (missing := [i for i in ids if i > 0 and i not in known]):
         raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
     labels = [known.get(i, [-1] * len(ATTRIBUTES)) for i in ids]
-    crops, _ = read_crops([folder / n for n in names], size)
-    return Market(crops, *map(torch.tensor, (ids, cameras, labels)), names)
+    return Market(read_crops([folder / n for n in names], size)[0], *map(torch.tensor, (ids, cameras, labels)), names)
 
 
 def read_annotations(root, half):
@@ -126,13 +117,11 @@ def read_annotations(root, half):
             text = source.read_text("utf-8-sig").replace('"', "").replace(";", ",")
             lines = [line.rstrip(" ,\t") for line in text.splitlines()] or ["nothing"]
             table = np.genfromtxt(lines, delimiter=",", names=True, ndmin=1)
-            columns = {name: table[name] for name in table.dtype.names or ()}
         else:
             from scipy.io import loadmat
-            table = vars(getattr(loadmat(source, squeeze_me=True, struct_as_record=False)["market_attribute"], half))
-            columns = {k: np.atleast_1d(v).astype(float) for k, v in table.items() if k != "_fieldnames"}
-            columns["id"] = columns.pop("image_index")
-            np.stack(list(columns.values()))  # all of one length
+            table = loadmat(source, squeeze_me=True)["market_attribute"][half].item()
+        columns = {k.replace("image_index", "id"): np.array(table[k].tolist(), float, ndmin=1) for k in table.dtype.names}
+        np.stack(list(columns.values()))  # all of one length
     except ImportError:
         raise UserError(f"{source} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
     except Exception as error:  # NumPy and SciPy raise a dozen types on a damaged file
@@ -142,10 +131,9 @@ def read_annotations(root, half):
     def column(name, highest):
         if name not in columns or f"{name}_1" in columns:  # NumPy's name for the second of two
             raise UserError(f"{source} does not have one column '{name}'.")
-        fits = (columns[name] >= 1) & (columns[name] <= highest) & (columns[name] == np.floor(columns[name]))
-        if not fits.all():
-            person, value = (columns[k][fits.argmin()] for k in ("id", name))
-            raise UserError(f"{source}: '{name}' of identity {person:g} is {value:g}, not one of 1 to {highest}.")
+        for person, value in zip(columns["id"], columns[name]):
+            if not 1 <= value <= highest or value % 1:
+                raise UserError(f"{source}: '{name}' of identity {person:g} is {value:g}, not one of 1 to {highest}.")
         return columns[name].astype(int)
 
     ids, codes = column("id", 10**9).tolist(), []
@@ -169,29 +157,26 @@ def read_crops(paths, size, skip=False):
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
     count, failed = max(1, 2**22 // max([2**13, *(path.stat().st_size for path in paths)])), {}
 
-    def read_one(path):
-        try:
-            return read_image(path)
-        except UserError as error:
-            failed[path] = error
-
     def read(start):
-        batch = paths[start:start + count]
-        try:
+        decoded = batch = paths[start:start + count]
+        with contextlib.suppress(RuntimeError, OSError, AttributeError):  # else one by one, which says what is wrong
             files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in batch]
             decoded = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
-        except (RuntimeError, OSError, AttributeError):
-            decoded = map(read_one if skip else read_image, batch)  # slower, but reads more, and says what is wrong
         for i, crop in enumerate(decoded, start):
-            if crop is not None:
+            try:
+                crop = read_image(crop) if decoded is batch else crop
                 crops[i] = crop if crop.shape[1:] == size else resize(crop, list(size), antialias=True)
+            except UserError as error:
+                if not skip:
+                    raise
+                failed[i] = "Skipped: " + " ".join(str(error).splitlines())  # a file's name can hold a newline
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for k, _ in enumerate(pool.map(read, range(0, len(paths), count)), 1):
             progress(f"reading {k * count} of {len(paths)}" * (k * count < len(paths)))
-    good = [i for i, path in enumerate(paths) if path not in failed]
-    for path in filter(failed.get, paths):
-        print("Skipped:", *str(failed[path]).splitlines(), file=sys.stderr)  # a file's name can hold a newline
+    for i in sorted(failed):
+        print(failed[i], file=sys.stderr)
+    good = [i for i in range(len(paths)) if i not in failed]
     return crops[good] if failed else crops, [paths[i] for i in good]
 
 
@@ -202,8 +187,7 @@ def read_image(path):
             if (own := image.info.get("Software") == SOFTWARE) or image.mode[0] in "IF":
                 raise ValueError("drawn by these scripts" if own else "more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow raises a dozen types on a damaged file
         raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
