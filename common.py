@@ -34,8 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
@@ -846,7 +845,7 @@ def run(main, parser):
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: told apart by the colour-blind
 INK, GREY = "#222222", "#8a8a8a"
-SOFTWARE, MARK = "person attributes and re-identification", PngInfo()
+SOFTWARE, MARK = "person attributes and re-identification", PngImagePlugin.PngInfo()
 MARK.add_text("Software", SOFTWARE)  # in the pictures drawn here: they are no crops of people
 
 
@@ -880,10 +879,8 @@ def sheet(path, rows, height=256):
     for i, row in enumerate(rows):
         for k, (crop, lines, frame) in enumerate(row):
             x, y = room + k * wide, room + i * tall
-            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
-            picture.paste(image.resize((width, height), Image.Resampling.BICUBIC), (x, y))
-            if frame:
-                pen.rectangle([x - 4, y - 4, x + width + 3, y + height + 3], outline=frame, width=4)
+            image = Image.fromarray(crop.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
+            picture.paste(ImageOps.expand(image, 4, frame or "white"), (x - 4, y - 4))
             for j, line in enumerate(lines):
                 text, colour = (line, INK) if isinstance(line, str) else line
                 text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
