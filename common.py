@@ -50,7 +50,8 @@ ATTRIBUTES = {
     "downcolor": ("black", "white", "pink", "purple", "yellow", "gray", "blue", "green", "brown", "multi"),
 }
 SIZES = [len(classes) for classes in ATTRIBUTES.values()]  # 41 classes in all
-FLAGS = {"upcolor": "up", "downcolor": "down"}  # annotated by a flag a colour, in columns upblack, upwhite and so on
+# What annotates each: a column of codes or, for a colour, a column of flags for each class: upblack, upwhite and so on.
+COLUMNS = {a: [a[:-5] + name for name in classes[:-1]] if "color" in a else [a] for a, classes in ATTRIBUTES.items()}
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 IGNORED = ("thumbs.db", "desktop.ini")  # a system's own files
 
@@ -119,7 +120,8 @@ def read_annotations(root, half):
         else:
             from scipy.io import loadmat
             table = loadmat(source, squeeze_me=True)["market_attribute"][half].item()
-        columns = {k.replace("image_index", "id"): np.array(table[k].tolist(), float, ndmin=1) for k in table.dtype.names}
+        columns = {name.replace("image_index", "id"): np.array(table[name].tolist(), float, ndmin=1)
+                   for name in table.dtype.names}
         np.stack(list(columns.values()))  # all of one length
     except ImportError:
         raise UserError(f"{source} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
@@ -136,12 +138,9 @@ def read_annotations(root, half):
         return columns[name].astype(int)
 
     ids, codes = column("id", 10**9).tolist(), []
-    for attribute, classes in ATTRIBUTES.items():
-        if attribute in FLAGS:
-            flags = np.stack([column(FLAGS[attribute] + name, 2) for name in classes[:-1]]) == 2
-            codes.append(np.where(flags.sum(0) == 1, flags.argmax(0), len(classes) - 1))
-        else:
-            codes.append(column(attribute, len(classes)) - 1)
+    for names, count in zip(COLUMNS.values(), SIZES):
+        values = np.stack([column(name, 2 if names[1:] else count) for name in names]) - 1
+        codes.append(np.where(values.sum(0) == 1, values.argmax(0), len(names)) if names[1:] else values[0])
     if len(set(ids)) < len(ids):
         raise UserError(f"{source} names an identity twice.")
     return dict(zip(ids, np.stack(codes, 1).tolist()))
@@ -903,7 +902,6 @@ FREQUENCIES = {
 RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150),
        "yellow": (228, 196, 62), "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76),
        "pink": (232, 142, 170), "brown": (122, 82, 50)}
-PATTERNS = ("000000", "000000", "010101", "001100", "001000", "000011")  # of a garment's two shades, from the top down
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
@@ -912,26 +910,24 @@ def draw_market(root, identities, images_per_identity, seed=0):
     identities: how many in the training half, and as many others in the test half; images_per_identity: crops of each
     to train with or in the gallery, from two cameras or more. Queries, distractors, junk, annotations come with them.
     """
-    root, shots, random = Path(root), [], np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
-    root.mkdir(parents=True, exist_ok=True)
-    plain = [a for a in ATTRIBUTES if a not in FLAGS]
-    flags = [(a, k) for a in FLAGS for k in range(len(ATTRIBUTES[a]) - 1)]
-    for half, part, start in (("train", "train", 1), ("test", "gallery", identities + 1)):
-        rows = [["id", *plain, *(FLAGS[a] + ATTRIBUTES[a][k] for a, k in flags)]]
-        for i in range(start, start + identities):
-            person = draw_identity(random)
-            rows.append([i, *(1 + person[a] for a in plain), *(1 + (person[a] == k) for a, k in flags)])
-            cameras = 1 + random.permutation(6)[:random.randint(2, 7)]
-            shots += [(part, f"{i:04d}", person, camera) for camera in np.resize(cameras, images_per_identity)]
-            if half == "test":  # each query is to be found in another camera
-                shots += [("query", f"{i:04d}", person, camera) for camera in cameras[images_per_identity == 1:2]]
-        np.savetxt(root / f"annotations_{half}.csv", rows, "%s", ",")
+    root, rows, shots = Path(root), [], []
+    random = np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
+    for i in range(1, 2 * identities + 1):
+        person, half = draw_identity(random), "train" if i <= identities else "gallery"
+        rows.append([i, *(1 + (person[a] == k if names[1:] else person[a])
+                          for a, names in COLUMNS.items() for k in range(len(names)))])
+        cameras = 1 + random.permutation(6)[:random.randint(2, 7)]
+        shots += [(half, f"{i:04d}", person, camera) for camera in np.resize(cameras, images_per_identity)]
+        if half == "gallery":  # each query is to be found in another camera
+            shots += [("query", f"{i:04d}", person, camera) for camera in cameras[images_per_identity == 1:2]]
     for k in range(max(2, identities * images_per_identity // 5)):
         shots.append(("gallery", "0000" if k % 8 else "-1", draw_identity(random), random.randint(1, 7)))
     for k, (part, shown, person, camera) in enumerate(shots, 1):
         path = root / PARTS[part] / f"{shown}_c{camera}s1_{25 * k:06d}_01.jpg"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         draw_crop(person, camera, random).save(path, quality=int(random.randint(70, 92)))
+    for half, own in (("train", rows[:identities]), ("test", rows[identities:])):
+        np.savetxt(root / f"annotations_{half}.csv", [["id", *sum(COLUMNS.values(), [])], *own], "%s", ",")
     (root / DRAWN).write_text(f"Drawn people: draw_market({identities}, {images_per_identity}, {seed})\n")
 
 
@@ -941,14 +937,14 @@ def draw_identity(random):
     person["gender"] = female = int(random.rand() < 0.45)
     person["hair"] = int(random.rand() < (0.72 if female else 0.06))
     person["clothes"] = int(random.rand() > (0.32 if female else 0.0))
-    for attribute in ("upcolor", "downcolor"):  # six bands of colour each, from the top down
+    for attribute in ("upcolor", "downcolor"):  # six bands of up to three shades each, from the top down
         *colours, multi = ATTRIBUTES[attribute]
         if person[attribute] == len(colours):
             shades, pattern = [RGB[name] for name in random.permutation(colours)[:3]], "001122"
         else:
             shade = np.array(RGB[colours[person[attribute]]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3)
             accent = shade + random.uniform(35, 55) * (1 if shade.mean() < 100 else -1)
-            shades, pattern = [shade, accent], random.choice(PATTERNS)
+            shades, pattern = [shade, accent], random.choice([*["000000"] * 2, "010101", "001100", "001000", "000011"])
         person[f"{attribute}s"] = [tinted(shades[int(k)]) for k in pattern]
     person["skin"] = tinted((238, 198, 168), random.uniform(0.62, 1.0))
     person["strands"] = (214, 214, 212) if person["age"] == 3 else tinted((158, 118, 72), random.uniform(0.4, 1) ** 2)
