@@ -955,7 +955,7 @@ def draw_identity(random):
 
 
 def draw_crop(person, camera, random):
-    """Draw a person as one camera sees them, at its place: a 64x128 image."""
+    """Draw a person as one camera sees them, at its place, in a pose, from the front or the back: a 64x128 image."""
     place = np.random.RandomState(camera + 6)
     wall, ground = (tinted(place.uniform(110, 200) + place.normal(0, 12, 3)) for _ in range(2))
     horizon, light, blur = place.randint(160, 270), place.normal(place.uniform(0.8, 1.15), 0.06, 3), place.rand()
@@ -966,25 +966,8 @@ def draw_crop(person, camera, random):
         pen.rectangle((x, 0, x + 16, horizon), tinted(wall, 0.88))
 
     (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
-    for colour, thick, *points in [(tinted(ground, 0.8), 5, (-12, 0), (12, 0)), *body_parts(person, random)]:
-        # Only what is below the neck is shorter: a child's head is nearly as large as an adult's.
-        points = [(middle + side * unit * x, feet - unit * (y - min(y, 90) * person["shortness"])) for x, y in points]
-        radius = unit * thick / 2
-        pen.polygon(points, colour)
-        pen.line(points, colour, round(2 * radius))
-        for x, y in points:
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * blur))
-    pixels = np.asarray(picture) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-
-
-def body_parts(person, random):
-    """A person in a pose, from the front or the back: colour, thickness and points of what to draw, in that order.
-
-    A part is a polygon with a round border so thick; two points make it a line. x is from the middle, y from the feet:
-    the neck is at 90, the crown at 112.
-    """
+    # A part is a colour, a thickness and points: a polygon with a round border so thick; two points make a line. x is
+    # from the middle, y from the feet: the neck is at 90, the crown at 112.
     wide, skin, hair, tops, bottoms = (person[k] for k in ("build", "skin", "strands", "upcolors", "downcolors"))
     shoes, hat, pack, bag, handbag = person["things"]
     shoulder, waist, hip = wide * np.array((10.4, 7, 10) if person["gender"] else (12.8, 10, 9.2))
@@ -993,19 +976,16 @@ def body_parts(person, random):
     foot, cuff = (4.6 * wide + stride * (54 - y) / 50 for y in (4, hem))
     inner, outer = (cuff - 4.2 * wide, cuff + 4.6 * wide) if person["clothes"] else (0, hip + 6)
     arm = [(shoulder - 3, 84.5), (shoulder + 0.5, 74), (hand, 58)]
-
-    def cloth(colours, *outline):
-        """Bands of colour, from the first (left, right, y) of a garment's outline down to the last."""
+    half = []  # of the body: leg, lower garment, arm, upper garment, whose outline is a list of (left, right, y)
+    for limb, colours, outline in (
+            ([(skin, 6 * wide, (4.6 * wide, 54), (foot, 4)), (shoes, 5, (foot - 0.5, 2.5), (foot + 2, 2))],
+             bottoms, [(0, hip, 56), (inner, outer, hem)]),
+            ([(skin, 4.6 * wide, *arm, (hand, 54)), (tops[0], 6.2 * wide, *arm[:3 - person["up"]])],
+             tops, [(0, 4.5, 91), (0, shoulder - 1.5, 87), (0, waist, 66), (0, hip, 52)])):
         at = np.linspace(0, len(outline) - 1, len(colours) + 1)
         edges = np.transpose([np.interp(at, range(len(outline)), values) for values in zip(*outline)])
-        return [(colour, 0, (a, y), (b, y), (d, z), (c, z))
-                for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
-
-    # One half of the body, and its mirror image: leg and shoe, lower garment, arm and sleeve, upper garment.
-    half = [(skin, 6 * wide, (4.6 * wide, 54), (foot, 4)), (shoes, 5, (foot - 0.5, 2.5), (foot + 2, 2)),
-            *cloth(bottoms, (0, hip, 56), (inner, outer, hem)),
-            (skin, 4.6 * wide, *arm, (hand, 54)), (tops[0], 6.2 * wide, *arm[:3 - person["up"]]),
-            *cloth(tops, (0, 4.5, 91), (0, shoulder - 1.5, 87), (0, waist, 66), (0, hip, 52))]
+        half += limb + [(colour, 0, (a, y), (b, y), (d, z), (c, z))
+                        for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
     body = [(colour, thick, *((k * x, y) for x, y in points)) for k in (-1, 1) for colour, thick, *points in half]
     layers = [  # from back to front or, seen from behind, the other way round; a list times 0 is empty
         [(hair, 16, (head, 103), (head, 83))] * person["hair"],
@@ -1020,7 +1000,17 @@ def body_parts(person, random):
          (bag, 0, (-hip - 7, 58), (3 - hip, 58), (3 - hip, 46), (-hip - 7, 46))] * person["bag"],
         [(handbag, 0, (hand, 55), (hand - 6, 45), (hand - 7, 34), (hand + 7, 34), (hand + 6, 45))] * person["handbag"],
     ]
-    return sum(layers, [])
+    for colour, thick, *points in [(tinted(ground, 0.8), 5, (-12, 0), (12, 0)), *sum(layers, [])]:
+        # Only what is below the neck is shorter: a child's head is nearly as large as an adult's.
+        points = [(middle + side * unit * x, feet - unit * (y - min(y, 90) * person["shortness"])) for x, y in points]
+        radius = unit * thick / 2
+        pen.polygon(points, colour)
+        pen.line(points, colour, round(2 * radius))
+        for x, y in points:
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * blur))
+    pixels = np.asarray(picture) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def tinted(colour, factor=1.0):
