@@ -944,7 +944,7 @@ def draw_identity(random):
         else:
             shade = np.array(RGB[colours[person[attribute]]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3)
             accent = shade + random.uniform(35, 55) * (1 if shade.mean() < 100 else -1)
-            shades, pattern = [shade, accent], random.choice([*["000000"] * 2, "010101", "001100", "001000", "000011"])
+            shades, pattern = [shade, accent], random.choice("000000 000000 010101 001100 001000 000011".split())
         person[f"{attribute}s"] = [tinted(shades[int(k)]) for k in pattern]
     person["skin"] = tinted((238, 198, 168), random.uniform(0.62, 1.0))
     person["strands"] = (214, 214, 212) if person["age"] == 3 else tinted((158, 118, 72), random.uniform(0.4, 1) ** 2)
