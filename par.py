@@ -190,7 +190,7 @@ def load_train(args, annotated=True):
 
 
 def train(args, record, market, split):
-    """Train with args.loss, write checkpoint and record: -> (accuracy [12], f1 [12]) on validation."""
+    """Train with args.loss, write checkpoint and record: -> as `score_and_show`, on validation."""
     rows, validation = (which.nonzero()[:, 0] for which in split)
     labels = market.labels.to(args.device)
     weights = [w.to(args.device) for w in class_weights(market.labels[rows])]
@@ -223,8 +223,7 @@ def train(args, record, market, split):
     with common.timed(record["seconds"], "scoring"):
         scores = score_and_show(f"{args.out} on validation (%)", model, market, validation, rows)
     record["final"] = {"best epoch": record["best epoch"], "validation": {
-        name: {k: round(v, 4) for k, v in zip([*ATTRIBUTES, "global"], [*values.tolist(), values.mean().item()])}
-        for name, values in scores.items()}}
+        name: {k: round(v, 4) for k, v in values.items()} for name, values in scores.items()}}
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return scores
@@ -232,19 +231,20 @@ def train(args, record, market, split):
 
 def score_and_show(title, model, market, rows, training, reference=None):
     """Score `rows` of a `Market`, beside naming each attribute's commonest class among the rows `training` (of another
-    one, `reference`), and print that: -> dict of name -> [12] fractions."""
+    one, `reference`), and print that: -> dict of name -> dict of attribute, or "global" for their mean -> fraction."""
     labels, counts = market.labels[rows], class_counts((reference or market).labels[training])
     accuracy, f1 = score(predict(model, market.images, rows)[0], labels)
     commonest = score(torch.stack([n.argmax() for n in counts]).expand_as(labels), labels)
     scores = {"accuracy": accuracy, "commonest accuracy": commonest[0], "f1": f1, "commonest f1": commonest[1]}
+    scores = {k: dict(zip([*ATTRIBUTES, "global"], [*v.tolist(), v.mean().item()])) for k, v in scores.items()}
     show(title, scores)
     return scores
 
 
-def show(title, columns):
-    """Print percentages as [report] tables 2 and 3 do: columns is a dict of name -> [12] fractions."""
-    rows = [[a.capitalize()] + [100 * v[k].item() for v in columns.values()] for k, a in enumerate(ATTRIBUTES)]
-    common.table(title, ["", *(k.replace("f1", "F1") for k in columns)], [*rows, ["Global"] + [100 * v.mean().item() for v in columns.values()]])
+def show(title, scores):
+    """Print percentages as [report] tables 2 and 3 do, from a dict of name -> dict of attribute -> fraction."""
+    rows = [[a.capitalize(), *(100 * v[a] for v in scores.values())] for a in (*ATTRIBUTES, "global")]
+    common.table(title, ["", *(name.replace("f1", "F1") for name in scores)], rows)
 
 
 def evaluate(args, record, checkpoint):
