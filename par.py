@@ -16,7 +16,6 @@ import csv
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -305,11 +304,11 @@ def predict_files(args, record, checkpoint):
 def statistics(args):
     """Print how often each class occurs in the train set ([report] table 4) and draw it (figure 4)."""
     market = load_train(args)
-    _, first = np.unique(market.person_ids.numpy(), return_index=True)
-    crops, people = class_counts(market.labels), class_counts(market.labels[torch.from_numpy(first)])
+    identities = torch.cat([market.person_ids[:, None], market.labels], 1).unique(dim=0)  # a row each
+    crops, people = class_counts(market.labels), class_counts(identities[:, 1:])
     rows = [[f"{a} {name}", f"{c:.0f}", 100 * (c / n.sum()).item(), f"{p:.0f}", 100 * (p / m.sum()).item()]
             for (a, classes), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(classes, n, m)]
-    common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(first)} identities",
+    common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(identities)} identities",
                  ["", "crops", "%", "identities", "%"], rows)
     font, tall = ImageFont.load_default(26), 40
     picture = Image.new("RGB", (1240, tall * (len(rows) + 2)), "white")
