@@ -4,12 +4,10 @@
     python par.py --loss wce --epochs 15                train; the best epoch is par_best.pt
     python par.py --loss all                            the four losses in turn: tables 2 and 3
     python par.py --eval par_best.pt                    score: validation and test identities
-    python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV;
-                                                        --sheet, --maps: as pictures
+    python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
     python par.py --stats                               class frequencies: table 4 and figure 4
 
-[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
-Trebucchi (University of Trento); tables and figures have its numbers.
+[report] is the one that common.py names; tables and figures have its numbers.
 """
 import argparse
 import csv
@@ -31,8 +29,8 @@ from common import ATTRIBUTES, SIZES, UserError
 class AttributeNet(nn.Module):
     """[report] figure 1: crops [B, 3, H, W] in 0..255 -> logits of all classes, attribute after attribute, [B, 41].
 
-    head: "linear", Dropout and Linear on the mean over the feature map; or "conv", the report's future work (section 5):
-    before these, a branch of its own for each attribute, of a convolution and attention over the places of the map.
+    head: "linear", Dropout and Linear on the mean over the feature map; or "conv", the report's future work (section
+    5): before these, a branch of its own for each attribute, of a convolution and attention over the map's places.
 
     identities: the strong recipe, of both stages, learns attributes and so many identities jointly (Lin et al. 2019),
     these behind a BNNeck (Luo et al. 2019). Then the output is [B, 41 + width + identities] in training: logits, the
@@ -57,7 +55,7 @@ class AttributeNet(nn.Module):
             nn.init.normal_(self.identify.weight, std=0.001)
 
     def attend(self, maps):
-        """What each branch sees, [B, 12, 64, h * w], and its attention, [B, 12, h * w], over the places: it adds up to 1."""
+        """What each branch sees, [B, 12, 64, h * w], and its attention to the places: [B, 12, h * w], adds up to 1."""
         seen = self.look(maps)
         return seen.flatten(2).unflatten(1, (len(ATTRIBUTES), -1)), self.place(seen).flatten(2).softmax(2)
 
@@ -75,13 +73,11 @@ class AttributeNet(nn.Module):
             necked = self.neck(features.float())
             if self.training:
                 return torch.cat([logits, features.float(), self.identify(necked)], 1)
-            if mirror:
-                logits, necked = (sum(x.float().chunk(2)) / 2 for x in (logits, necked))
+            logits, necked = (x.float().unflatten(0, (1 + mirror, -1)).mean(0) for x in (logits, necked))
             return torch.cat([logits, F.normalize(necked)], 1)
 
 
-# What the strong recipe adds to the report's: identities learned beside attributes, its augmentation, its optimizer, and
-# the mirror image at test.
+# What the strong recipe adds to the report's; "identity" is to learn identities beside attributes, "mirror" is at test.
 RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
 # Each loss: its name in [report] table 2, whether it weighs classes, whether it is focal.
 LOSSES = {"ce": ("Vanilla CE", False, False), "wce": ("Weighted CE", True, False),
@@ -95,16 +91,14 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
     kind: "ce" -log(p_t); "wce" w_t times that; "focal" (1 - p_t)^gamma times that (Lin et al. 2018, eq. 4);
     "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that no p_t underflows.
     """
-    _, weighted, focal = LOSSES[kind]
-    total = 0
+    total, (_, weighted, focal) = 0, LOSSES[kind]
     for k, z in enumerate(logits):
         target, known = labels[:, k].clamp(min=0), labels[:, k] >= 0
         log_p = F.log_softmax(z, 1, dtype=torch.promote_types(z.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
         loss = -log_p
         if focal:
             loss = loss * (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma  # a slope at 0 is infinite for gamma < 1
-        if weighted:
-            loss = loss * weights[k][target]
+        loss = loss * (weights[k][target] if weighted else 1)
         total = total + (loss * known).sum() / known.sum().clamp(min=1)
     return total
 
@@ -112,11 +106,9 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
 def class_weights(labels):
     """Inverse class frequencies ([report] section 3.1.2): labels int64 [N, 12] -> list of 12 float tensors [classes].
 
-    A class that does not occur weighs 0, and the mean weight over the labelled images is 1, so that a weighted loss
-    has the scale of a plain one.
+    A class that does not occur weighs 0. The mean weight over the labelled images is 1: the scale of a plain loss.
     """
-    counts = class_counts(labels)
-    return [torch.where(n > 0, n.sum() / (n.clamp(min=1) * (n > 0).sum()), 0) for n in counts]
+    return [torch.where(n > 0, n.sum() / (n.clamp(min=1) * (n > 0).sum()), 0) for n in class_counts(labels)]
 
 
 def class_counts(labels):
@@ -124,7 +116,7 @@ def class_counts(labels):
     return [torch.bincount(column[column >= 0], minlength=n).float() for column, n in zip(labels.T, SIZES)]
 
 
-# ------------------------------------------------------------------------------------------------ predicting, scoring
+# --------------------------------------------------------------------------------------- scoring, training, results
 
 
 def log_probabilities(output):
@@ -146,17 +138,15 @@ def predict(model, crops, rows=None):
 def score(predicted, labels):
     """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12], f1 [12]).
 
-    Macro F1 is the mean over the classes that occur in truth or prediction, scikit-learn's definition. Labels of -1
-    do not count; NaN for an attribute without a label.
+    Macro F1 is the mean over the classes in truth or prediction, scikit-learn's. Labels of -1 do not count; NaN: none.
     """
-    accuracy, f1 = [], []
+    scores = []
     for guess, truth, n in zip(predicted.T, labels.T, SIZES):
         pairs = (truth * n + guess)[truth >= 0]
         confusion = torch.bincount(pairs, minlength=n * n).view(n, n).double()  # a row per true class
         hits, either = confusion.diag(), confusion.sum(0) + confusion.sum(1)
-        accuracy.append(hits.sum() / confusion.sum())
-        f1.append((2 * hits / either)[either > 0].mean())
-    return torch.stack(accuracy), torch.stack(f1)
+        scores.append(torch.stack([hits.sum() / confusion.sum(), (2 * hits / either)[either > 0].mean()]))
+    return torch.stack(scores, 1).unbind()
 
 
 def activation_maps(model, crops, found):
@@ -174,15 +164,11 @@ def activation_maps(model, crops, found):
         return torch.einsum("nac,nchw->nahw", weights, maps).cpu()
 
 
-# ----------------------------------------------------------------------------------------------- training and results
-
-
 def load_train(args, annotated=True):
     """The train set; UserError if it holds junk or, where annotations are needed, none."""
     market = common.load_market(args.data, "train", args.size, annotated)
-    if (market.person_ids < 1).any():
-        name = market.names[int((market.person_ids < 1).int().argmax())]
-        raise UserError(f"{name} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
+    if junk := [name for name, i in zip(market.names, market.person_ids.tolist()) if i < 1]:
+        raise UserError(f"{junk[0]} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
     if annotated and (market.labels < 0).any():
         raise UserError(f"{args.data} has no annotations: annotations_train.csv or market_attribute.mat belongs there.")
     return market
@@ -218,7 +204,6 @@ def train(args, record, market, split):
           f"and {len(validation_ids)} identities")
     checkpoint = {"kind": "par", "record": record, "train_ids": train_ids, "validation_ids": validation_ids}
     record = common.fit(model, market.images, plan, criterion, validate, args, checkpoint)
-
     with common.timed(record["seconds"], "scoring"):
         scores = score_and_show(f"{args.out} on validation (%)", model, market, validation, rows)
     record["final"] = {"best epoch": record["best epoch"], "validation": {
@@ -265,9 +250,8 @@ def evaluate(args, record, checkpoint):
 
 def load(args, checkpoint):
     """The `AttributeNet` that a checkpoint holds, on args.device."""
-    own = checkpoint["record"]["arguments"]
-    identities = len(checkpoint["train_ids"]) if own["recipe"] == "strong" else 0
-    model = AttributeNet(head=own["head"], identities=identities, rungs=own["rungs"])
+    own, identities = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
+    model = AttributeNet(head=own["head"], identities=identities * (own["recipe"] == "strong"), rungs=own["rungs"])
     model.load_state_dict(checkpoint["model"])
     return model.to(args.device)
 
@@ -284,7 +268,6 @@ def predict_files(args, record, checkpoint):
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
     table.writerows([name, *row, *(f"{v:.3f}" for v in p)] for name, row, p in zip(market.names, named, sure.tolist()))
     common.say_seconds(seconds, sys.stderr)
-
     captions = [[f"{a}: {c}  {v:.2f}" for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
     shown = [*zip(market.images, (Path(name).stem for name in market.names), captions)][:60]
     if args.sheet:
@@ -353,10 +336,8 @@ def main(args):
     record = common.start(args, args.eval, checkpoint, data=not args.predict)
     if args.stats or args.sheet or args.maps:
         common.check_output(args.out.with_name("par_stats.png" if args.stats else "par_sheet.png"), ".png")
-    if args.predict:
-        return predict_files(args, record, checkpoint)
     if args.eval:
-        return evaluate(args, record, checkpoint)
+        return (predict_files if args.predict else evaluate)(args, record, checkpoint)
     if args.stats:
         return statistics(args)
 
