@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
 import tempfile
@@ -328,18 +327,14 @@ def learning_rate(step, steps, peak, warmup):
 
 def precision(device):
     """What autocast computes in: "bfloat16" where the device has it, else "float32": emulation would only cost time."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    private = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile")]
-    return "bfloat16" if device.type == "cpu" and any(private) else "float32"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "cpu" \
+        and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    return "bfloat16" if fast else "float32"
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan et al. 2024), which PyTorch has from 2.9 on: a matrix moves, by twenty times the
     rate, along the orthogonal matrix nearest to its Nesterov momentum, so that it learns all directions at one pace."""
-
-    def __init__(self, matrices, lr):
-        super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
@@ -356,12 +351,9 @@ class Muon(torch.optim.Optimizer):
             matrix.sub_(x * (20 * self.param_groups[0]["lr"]))
 
 
-PIXELS = 512 * 128 * 64  # in a batch that is not trained on
-
-
-def infer(model, crops, rows=None):
-    """Run `model` in evaluation mode over crops[rows]: its output, float32 [N, D], on the model's device."""
-    batch, device = max(1, PIXELS // crops[0, 0].numel()), next(model.parameters()).device
+def infer(model, crops, rows=None, pixels=512 * 128 * 64):
+    """Run `model` in evaluation mode over crops[rows], so many pixels at once: -> float32 [N, D] on its device."""
+    batch, device = max(1, pixels // crops[0, 0].numel()), next(model.parameters()).device
     rows = torch.arange(len(crops)) if rows is None else rows
     parts = rows.split(batch)
     rank, world = processes() if len(parts) >= processes()[1] else (0, 1)
@@ -407,7 +399,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
     others, filters = ([view for view, p in zip(views, parameters) if (p.dim() == 4 and "muon" in args.rungs) == which]
                        for which in (False, True))
-    optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, lr=rate)] if filters else [])
+    optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, {"lr": rate})] if filters else [])
     warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
 
     def step(pixels, warp, rows):
@@ -477,7 +469,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             add_up(tensor.mul_(share))  # the means over the processes
         with timed(record["seconds"], "validation"):
             figures = validate()
-        if epoch == 1 and not rank:
+        if epoch == 1:
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
                                  "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
@@ -493,53 +485,40 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             "generator": generator.get_state(), "random": {device.type: random.get_rng_state()}})
         if record["best epoch"] == epoch:
             save_checkpoint(out, best)
-        told = ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items()) + "  *" * (record["best epoch"] == epoch)
+        told = "  validation " * bool(figures) + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items())
         progress("")
-        print(f"epoch {epoch:2}/{args.epochs}  loss {losses.mean().item():.4f}  {speed:.0f} images/s"
-              + f"  validation {told}" * bool(figures), flush=True)
+        print(f"epoch {epoch:2}/{args.epochs}  loss {losses.mean().item():.4f}  {speed:.0f} images/s" + told
+              + "  *" * (record["best epoch"] == epoch and bool(figures)), flush=True)
     model.load_state_dict(best["model"])
     return record
 
 
 def graphed(step, warmup=3):
-    """The same step for CUDA, where a batch of crops takes less time than launching its thousand kernels one by one.
-
-    The first run as they are: cuDNN chooses its algorithms, AdamW makes its state. Then one is recorded as a CUDA graph
-    without being run; it and all later ones replay that, on new values in the same memory.
-    """
+    """The same step for CUDA, where a batch takes less time than launching its thousand kernels one by one: the first
+    run as they are, so that cuDNN chooses its algorithms and AdamW makes its state; then one is recorded as a CUDA graph
+    without being run, and it and all later ones replay that, on new values in the same memory."""
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # for good: the default stream cannot be recorded
-    calls, graph, inputs, loss = itertools.count(), torch.cuda.CUDAGraph(), [], None
+    calls, graph, inputs, losses = itertools.count(), torch.cuda.CUDAGraph(), [], []
 
     def run_step(*values):
-        nonlocal loss
         if (call := next(calls)) < warmup:
             return step(*values)
         if call == warmup:
             inputs.extend(v.clone() for v in values)
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                loss = step(*inputs)
-        for kept, value in zip(inputs, values):
-            kept.copy_(value)
+                losses.append(step(*inputs))
+        [kept.copy_(value) for kept, value in zip(inputs, values)]
         graph.replay()
-        return loss
+        return losses[0]
 
     return run_step
-
-
-def keep_memory():
-    """Have glibc keep freed blocks for the next step, instead of mapping and zeroing each of them anew."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library: as it is
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its upper limit
 
 
 def progress(text):
     """Show one line that the next call overwrites; nothing where the output is a file."""
     if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
+        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
         print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
 
 
@@ -558,21 +537,6 @@ def add_up(tensor):
     return tensor
 
 
-def join_processes(device):
-    """Meet the other processes that torchrun started, if it started this one; GPUs are shared out, one a process."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    if device == "cuda":
-        if (own := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
-            raise UserError(f"There is a GPU for {torch.cuda.device_count()} processes here: start no more of them.")
-        torch.cuda.set_device(own)
-    try:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
-                        "torchrun, without which the variable RANK must not be set.") from None
-
-
 def load_last(out, checkpoint):
     """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
 
@@ -588,20 +552,21 @@ def load_last(out, checkpoint):
             if name not in free and value != last["record"][kind].get(name):
                 flag = "--without" if name == "rungs" else f"--{name}" if kind == "arguments" else name
                 raise UserError(f"{path} is of a run with another {flag}: resume with that, or start without --resume.")
-    if (count := last["record"]["processes"]) != record["processes"]:
-        print(f"{path} is of {count} processes: this goes on, but not to the same bits.")
-    record.update(last["record"] | {"processes": record["processes"]})
-    if not is_own(out, record) and not processes()[0]:
+    count = record["processes"]
+    record.update(last["record"])
+    if not is_own(out, record):
         set_aside(out)
     save_checkpoint(out, last["best"])
-    print(f"Going on after epoch {len(record['epochs'])}.")
+    print(f"Going on after epoch {len(record['epochs'])}" + (
+        f", but not to the same bits as {record['processes']} processes." if record["processes"] != count else "."))
     return last
 
 
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
     k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
-    for path in filter(Path.exists, (out.with_suffix(".json"), out)):  # if cut off between them, they meet again later
+    files = [] if processes()[0] else filter(Path.exists, (out.with_suffix(".json"), out))
+    for path in files:  # if cut off between them, they meet again later
         print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
 
 
@@ -622,13 +587,12 @@ def write_record(out, record):
 
 
 def peak_memory():
-    """Highest memory use so far in MB: {"host": ..., "device": ...}; None where the system does not say."""
-    try:
+    """Highest memory use so far in MB: {"host": ..., "device": ...}, what the system says of it."""
+    peak = {"device": torch.cuda.max_memory_allocated() >> 20} if torch.cuda.is_available() else {}
+    with contextlib.suppress(ImportError):
         import resource  # not on Windows
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-    except ImportError:
-        host = None
-    return {"host": host, "device": torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_available() else None}
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    return peak
 
 
 def write_whole(path, write):
@@ -688,14 +652,6 @@ def torch_load(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
-def saved_split(checkpoint, person_ids, path):
-    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
-    train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
-    if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
-        raise UserError(f"{path} was trained on other identities than this data set's: pass its --data.")
-    return torch.isin(person_ids, train), torch.isin(person_ids, validation)
-
-
 def number(kind, low, high=10**9):
     """An argparse type: `kind`, int or float, from `low` to `high`."""
     def number(text):
@@ -742,21 +698,28 @@ def start(args, source=None, checkpoint=None, data=True):
     dict. A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
     if not args.out.name:
         raise UserError(f"--out {args.out} is no name for a file.")
-    strong = args.recipe == "strong"
-    if args.without and not strong:
+    if args.without and args.recipe == "report":
         raise UserError("--without leaves out steps of the strong recipe: pass --recipe strong too.")
-    args.rungs = [rung for rung in args.rungs if strong and rung not in args.without]
-    for name in ("epochs", "lr", "batch"):
-        if isinstance(pair := getattr(args, name), tuple):
-            setattr(args, name, pair[strong])
-    alone = "RANK" not in os.environ  # else torchrun has started this process, and MPS cannot send what it computes
+    args.rungs = [rung for rung in args.rungs if args.recipe == "strong" and rung not in args.without]
+    pairs = {name: value for name, value in vars(args).items() if name in ("epochs", "lr", "batch")}
+    vars(args).update({name: pair[args.recipe == "strong"] for name, pair in pairs.items() if isinstance(pair, tuple)})
+    alone = "RANK" not in os.environ  # else torchrun has started this process; MPS cannot send what it computes
     best = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")
     args.device = best if args.device == "auto" else args.device
-    join_processes(args.device)
+    if not alone and not dist.is_initialized():
+        try:
+            if args.device == "cuda":  # one for each process of this machine
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
+                            "torchrun, no more on a machine than it has GPUs, or unset the variable RANK.") from None
     torch.backends.cudnn.benchmark = True  # shapes do not change: the time to choose an algorithm comes back
-    keep_memory()
+    with contextlib.suppress(OSError, AttributeError):  # glibc, where it is used, is to keep freed blocks for the next
+        mallopt = ctypes.CDLL("libc.so.6").mallopt  # step, which would otherwise map and zero each of them anew
+        mallopt(-1, 2**31 - 1), mallopt(-3, 2**25)  # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD, at its upper limit
     saved = checkpoint["record"] if checkpoint else {"arguments": {"size": args.size or (128, 64)}}
     if args.size not in (None, saved["arguments"]["size"]):
         raise UserError(f"{source} was trained with another --size than {args.size[0]}x{args.size[1]}: leave that out.")
@@ -766,14 +729,12 @@ def start(args, source=None, checkpoint=None, data=True):
     args.weights = args.weights or ("none" if demo else "imagenet")
     record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
               "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
-              "processes": processes()[1],
-              "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                           "torchvision": str(torchvision.__version__)}, "machine": platform.platform()}
+              "processes": processes()[1], "machine": platform.platform(), "versions": {
+                  "python": platform.python_version(), "torch": torch.__version__[:], "torchvision": torchvision.__version__}}
     print("DEMO SET of drawn people: its figures say nothing about Market-1501. README says how to get that.\n" * demo
           + f"{'data' if data else 'trained on'} {args.data} | {args.device}, {record['precision']}, "
-          f"{record['threads']} threads" + f" in each of {record['processes']} processes" * (record["processes"] > 1)
-          + f" | {args.size[0]}x{args.size[1]} | {source or f'weights {args.weights}'}"
-          + f" | seed {args.seed}" * (not args.eval),
+          f"{record['processes']} x {record['threads']} threads | {args.size[0]}x{args.size[1]} | "
+          + (f"{source}" if args.eval else f"{source or f'weights {args.weights}'} | seed {args.seed}"),
           file=sys.stdout if data else sys.stderr, flush=True)  # stderr, as results on stdout may go into a file
     return record
 
@@ -803,7 +764,7 @@ def timed(seconds, what):
 def say_seconds(seconds, file=None):
     """Print where the time went, and the peak memory."""
     print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items()) + "; peak memory "
-          + " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items() if mb), file=file)
+          + " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items()), file=file)
 
 
 def run(main, parser):
@@ -812,9 +773,8 @@ def run(main, parser):
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
-        with contextlib.ExitStack() as quiet:
-            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr) * other:  # the first tells all
-                quiet.enter_context(redirect(quiet.enter_context(open(os.devnull, "w"))))
+        quiet = open(os.devnull, "w") if other else None  # the first process speaks for all
+        with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):
             args = parser.parse_args()
             return main(args)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
@@ -826,15 +786,14 @@ def run(main, parser):
         sentence = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
     except (RuntimeError, MemoryError) as error:
         sentence = "the memory is full: lower --batch or --size, or pass another --device."
-        if dist.is_initialized() and re.search("NCCL|onnection (closed|reset)|Broken pipe", str(error)):
+        if processes()[1] > 1 and re.search("NCCL|onnection (closed|reset)|Broken pipe", str(error)):
             sentence = "another process of this run has ended, so this one does."
         elif isinstance(error, RuntimeError) and not re.search("of memory|can't allocate|not enough mem", str(error)):
             raise
     except KeyboardInterrupt:
         code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
             "stopped; the same command with --resume goes on after the last whole epoch."
-    if other:  # by the end of this torchrun has ended this process, if the first has said the same
-        time.sleep(2 if code == 2 else 60)
+    time.sleep(0 if not other else 2 if code == 2 else 60)  # torchrun ends this one if the first has said the same
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)
@@ -897,8 +856,7 @@ FREQUENCIES = {
     "age": (0.05, 0.66, 0.24, 0.05), "up": (0.15, 0.85), "down": (0.40, 0.60), "hat": (0.93, 0.07),
     "backpack": (0.73, 0.27), "bag": (0.75, 0.25), "handbag": (0.88, 0.12),
     "upcolor": (0.16, 0.26, 0.11, 0.05, 0.06, 0.12, 0.08, 0.08, 0.08),
-    "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03),
-}
+    "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03)}
 RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150),
        "yellow": (228, 196, 62), "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76),
        "pink": (232, 142, 170), "brown": (122, 82, 50)}
@@ -932,23 +890,19 @@ def draw_market(root, identities, images_per_identity, seed=0):
 
 
 def draw_identity(random):
-    """Choose a person: the 12 classes by attribute, and what tells two people of the same classes apart."""
+    """Choose a person: the class of each attribute, and what tells two people of the same classes apart."""
     person = {a: int(random.choice(len(p), p=p)) for a, p in FREQUENCIES.items()}
     person["gender"] = female = int(random.rand() < 0.45)
     person["hair"] = int(random.rand() < (0.72 if female else 0.06))
     person["clothes"] = int(random.rand() > (0.32 if female else 0.0))
-    for attribute in ("upcolor", "downcolor"):  # six bands of up to three shades each, from the top down
-        *colours, multi = ATTRIBUTES[attribute]
-        if person[attribute] == len(colours):
-            shades, pattern = [RGB[name] for name in random.permutation(colours)[:3]], "001122"
-        else:
-            shade = np.array(RGB[colours[person[attribute]]]) * random.uniform(0.85, 1.12) + random.uniform(-14, 14, 3)
-            accent = shade + random.uniform(35, 55) * (1 if shade.mean() < 100 else -1)
-            shades, pattern = [shade, accent], random.choice("000000 000000 010101 001100 001000 000011".split())
-        person[f"{attribute}s"] = [tinted(shades[int(k)]) for k in pattern]
+    for attribute in ("upcolor", "downcolor"):  # three bands of colour each, from the top down
+        *names, _ = ATTRIBUTES[attribute]
+        names = names[person[attribute]:][:1] * 3 or random.permutation(names)[:3]
+        shade, accent = random.uniform(-16, 16, 3), random.choice([-40, 0, 40])
+        person[f"{attribute}s"] = [tinted(RGB[name] + shade + accent * (k == 1)) for k, name in enumerate(names)]
     person["skin"] = tinted((238, 198, 168), random.uniform(0.62, 1.0))
     person["strands"] = (214, 214, 212) if person["age"] == 3 else tinted((158, 118, 72), random.uniform(0.4, 1) ** 2)
-    person["things"] = [tinted(list(RGB.values())[k], 0.85) for k in random.randint(10, size=5)]
+    person["things"] = [tinted(RGB[name], 0.85) for name in random.choice(list(RGB), 5)]
     person["build"] = random.uniform(0.92, 1.08) * (0.76, 0.92, 1.14, 1.04)[person["age"]]
     person["shortness"] = random.uniform(-0.02, 0.05) + (0.33, 0.02, 0.0, 0.08)[person["age"]]
     return person
@@ -956,60 +910,50 @@ def draw_identity(random):
 
 def draw_crop(person, camera, random):
     """Draw a person as one camera sees them, at its place, in a pose, from the front or the back: a 64x128 image."""
-    place = np.random.RandomState(camera + 6)
-    wall, ground = (tinted(place.uniform(110, 200) + place.normal(0, 12, 3)) for _ in range(2))
-    horizon, light, blur = place.randint(160, 270), place.normal(place.uniform(0.8, 1.15), 0.06, 3), place.rand()
-    picture = Image.new("RGB", (192, 384), ground)  # three times as large, to be reduced
+    place = np.random.RandomState(camera + 47)
+    wall, ground, light = (place.uniform(low, high) + place.normal(0, noise, 3) for low, high, noise in (
+        (110, 200, 9), (110, 200, 9), (0.8, 1.15, 0.06)))
+    picture = Image.new("RGB", (192, 384), tinted(ground))  # three times as large, to be reduced
     pen = ImageDraw.Draw(picture)
-    pen.rectangle((0, 0, 192, horizon), wall)
-    for x in range(random.randint(-48, 0), 192, 48):
-        pen.rectangle((x, 0, x + 16, horizon), tinted(wall, 0.88))
+    pen.rectangle((0, 0, 192, place.randint(160, 270)), tinted(wall))
 
-    (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
     # A part is a colour, a thickness and points: a polygon with a round border so thick; two points make a line. x is
     # from the middle, y from the feet: the neck is at 90, the crown at 112.
     wide, skin, hair, tops, bottoms = (person[k] for k in ("build", "skin", "strands", "upcolors", "downcolors"))
     shoes, hat, pack, bag, handbag = person["things"]
-    shoulder, waist, hip = wide * np.array((10.4, 7, 10) if person["gender"] else (12.8, 10, 9.2))
-    head = 4 if person["age"] == 3 else 0  # x: the old stoop
+    shoulder, hip = wide * np.array((10.4, 9.6) if person["gender"] else (12.8, 9.2))
     hand, stride, hem = shoulder + random.uniform(-2, 4), random.uniform(0, 6), 32 if person["down"] else 7
     foot, cuff = (4.6 * wide + stride * (54 - y) / 50 for y in (4, hem))
-    inner, outer = (cuff - 4.2 * wide, cuff + 4.6 * wide) if person["clothes"] else (0, hip + 6)
     arm = [(shoulder - 3, 84.5), (shoulder + 0.5, 74), (hand, 58)]
-    half = []  # of the body: leg, lower garment, arm, upper garment, whose outline is a list of (left, right, y)
-    for limb, colours, outline in (
-            ([(skin, 6 * wide, (4.6 * wide, 54), (foot, 4)), (shoes, 5, (foot - 0.5, 2.5), (foot + 2, 2))],
-             bottoms, [(0, hip, 56), (inner, outer, hem)]),
-            ([(skin, 4.6 * wide, *arm, (hand, 54)), (tops[0], 6.2 * wide, *arm[:3 - person["up"]])],
-             tops, [(0, 4.5, 91), (0, shoulder - 1.5, 87), (0, waist, 66), (0, hip, 52)])):
-        at = np.linspace(0, len(outline) - 1, len(colours) + 1)
-        edges = np.transpose([np.interp(at, range(len(outline)), values) for values in zip(*outline)])
-        half += limb + [(colour, 0, (a, y), (b, y), (d, z), (c, z))
-                        for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
-    body = [(colour, thick, *((k * x, y) for x, y in points)) for k in (-1, 1) for colour, thick, *points in half]
+    half = [(skin, 6 * wide, (4.6 * wide, 54), (foot, 4)), (shoes, 5, (foot - 0.5, 2.5), (foot + 2, 2)),
+            (skin, 4.6 * wide, *arm, (hand, 54)), (tops[0], 6.2 * wide, *arm[:3 - person["up"]])]
+    bottom = (cuff - 4.2 * wide, cuff + 4.6 * wide, hem) if person["clothes"] else (0, hip + 6, hem)
+    for colours, *ends in ((bottoms, (0, hip, 56), bottom), (tops, (0, shoulder - 1.5, 88), (0, hip, 52))):
+        edges = np.linspace(*ends, 4)  # of the bands: left, right, y
+        half += [(colour, 0, (a, y), (b, y), (d, z), (c, z))
+                 for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
     layers = [  # from back to front or, seen from behind, the other way round; a list times 0 is empty
-        [(hair, 16, (head, 103), (head, 83))] * person["hair"],
-        [(pack, 18 * wide, (0, 80), (0, 68)), (tinted(pack, 0.75), 7, (-2.5, 66), (2.5, 66))] * person["backpack"],
-        [*body, (skin, 5.5, (0, 90), (head, 96)), (hair, 16, (head, 101), (head, 104))],
+        [(hair, 16, (0, 103), (0, 83))] * person["hair"],
+        [(pack, 18 * wide, (0, 80), (0, 68))] * person["backpack"],
+        [*((colour, thick, *((k * x, y) for x, y in points)) for k in (-1, 1) for colour, thick, *points in half),
+         (skin, 5.5, (0, 90), (0, 96)), (hair, 16, (0, 101), (0, 104))],
         [(pack, 2.6, (x * wide, 89), (x * wide, 66)) for x in (-6.5, 6.5)] * person["backpack"],
-        [(skin, 12.6, (head, 98.5), (head, 101)),
-         *((RGB["black"], 1.9, (head + x, 100.7), (head + x, 101.3)) for x in (-1.6, 3.4))],
+        [(skin, 12.6, (0, 98.5), (0, 101)), *((RGB["black"], 1.9, (x, 100.7), (x, 101.3)) for x in (-1.6, 3.4))],
     ][::random.choice([-1, 1], p=[0.45, 0.55])] + [
-        [(hat, 13, (head - 2, 107), (head + 2, 107)), (hat, 2.6, (head - 9, 105), (head + 9, 105))] * person["hat"],
-        [(bag, 1.8, (shoulder * 0.6, 89), (-hip, 57)),
-         (bag, 0, (-hip - 7, 58), (3 - hip, 58), (3 - hip, 46), (-hip - 7, 46))] * person["bag"],
-        [(handbag, 0, (hand, 55), (hand - 6, 45), (hand - 7, 34), (hand + 7, 34), (hand + 6, 45))] * person["handbag"],
-    ]
+        [(hat, 13, (-2, 107), (2, 107)), (hat, 2.6, (-9, 105), (9, 105))] * person["hat"],
+        [(bag, 1.8, (shoulder * 0.6, 89), (-hip, 57)), (bag, 9, (-hip - 4, 56), (-hip, 50))] * person["bag"],
+        [(handbag, 0, (hand, 55), (hand - 7, 38), (hand + 7, 38)), (handbag, 6, (hand - 5, 37), (hand + 5, 37))]
+        * person["handbag"]]
+    (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
     for colour, thick, *points in [(tinted(ground, 0.8), 5, (-12, 0), (12, 0)), *sum(layers, [])]:
         # Only what is below the neck is shorter: a child's head is nearly as large as an adult's.
         points = [(middle + side * unit * x, feet - unit * (y - min(y, 90) * person["shortness"])) for x, y in points]
-        radius = unit * thick / 2
         pen.polygon(points, colour)
-        pen.line(points, colour, round(2 * radius))
-        for x, y in points:
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * blur))
-    pixels = np.asarray(picture) * np.array(light) * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
+        pen.line(points, colour, round(unit * thick))
+        for point in points * (thick > 0):
+            pen.circle(point, unit * thick / 2, colour)
+    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * place.rand()))
+    pixels = np.asarray(picture) * light * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 

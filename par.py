@@ -174,6 +174,14 @@ def load_train(args, annotated=True):
     return market
 
 
+def saved_split(checkpoint, person_ids, path):
+    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
+    train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
+    if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
+        raise UserError(f"{path} was trained on other identities than this data set's: pass its --data.")
+    return torch.isin(person_ids, train), torch.isin(person_ids, validation)
+
+
 def train(args, record, market, split):
     """Train with args.loss, write checkpoint and record: -> as `score_and_show`, on validation."""
     rows, validation = (which.nonzero()[:, 0] for which in split)
@@ -236,7 +244,7 @@ def evaluate(args, record, checkpoint):
     model, seconds = load(args, checkpoint), record["seconds"]
     with common.timed(seconds, "loading"):
         market, test = load_train(args), common.load_market(args.data, "gallery", args.size)
-    training, validation = common.saved_split(checkpoint, market.person_ids, args.eval)
+    training, validation = saved_split(checkpoint, market.person_ids, args.eval)
     for name, part, chosen in (("validation", market, validation), ("test", test, (test.labels >= 0).all(1))):
         rows, people = chosen.nonzero()[:, 0], part.person_ids[chosen].unique()
         title = f"{args.eval} on {len(rows)} {name} crops of {len(people)} identities (%)"

@@ -628,7 +628,7 @@ def evaluate(args, record, checkpoint):
     networks, curve, seconds = load(args, checkpoint), checkpoint.get("distances"), record["seconds"]
     with common.timed(seconds, "loading"):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
-    rows = common.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
+    rows = par.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
     real = (test[1].person_ids != -1).nonzero()[:, 0]  # junk takes no part in anything, nor in the mean distance
     with common.timed(seconds, "embedding"):
         query, gallery = embed(networks, test[0]), embed(networks, test[1], real)
@@ -834,7 +834,7 @@ def main(args):
         market = par.load_train(args, "attributes" in args.rungs)
     origin = checkpoint and [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
     record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": origin}
-    split = common.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
+    split = par.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
         common.split_identities(market.person_ids, seed=args.seed)
     if args.identities == "all":
         split = split[0] | True, split[1] & False
