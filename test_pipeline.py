@@ -1098,6 +1098,14 @@ def test_only_the_same_data_and_stage_1_are_resumed(market, trained, tmp_path, r
     run(par, *short_run(par, root, trained), trained.par, "--resume", error="is of a run with another data set")
 
 
+def test_stage_1_does_without_identities_in_the_strong_recipe(market, tmp_path, run):
+    for rungs in (["identity"], ["identity", "neck", "mirror"]):
+        run(par, *QUICK, "--recipe", "strong", "--without", *rungs)
+        assert "test crops of 10 identities" in run(par, "--eval", tmp_path / "o.pt")[0]
+        rows = [*csv.DictReader(run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query")[0].splitlines())]
+        assert len(rows) == 20 and rows[0]["hat"] in ATTRIBUTES["hat"]
+
+
 def test_stage_1_learns_drawn_people(tmp_path, run):
     """Colours are plain to see: a few steps must beat naming the commonest class (on shuffled labels: by 8 at most)."""
     common.draw_market(tmp_path, 60, 4, seed=3)
