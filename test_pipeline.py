@@ -147,6 +147,10 @@ def files_of(folder):
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def crops_of(root):
     return sorted((root / "bounding_box_train").iterdir())
 
@@ -155,19 +159,18 @@ def crops_of(root):
 
 
 def test_drawn_market_is_the_same_each_time_and_laid_out_like_market_1501(market, tmp_path):
-    for name in "ab":
-        common.draw_market(tmp_path / name, 3, 2, seed=1)
-    files = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
-             for name in "ab"]
+    files = []
+    for root in (tmp_path / "a", tmp_path / "b"):
+        common.draw_market(root, 3, 2, seed=1)
+        files.append({path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()})
     assert files[0] == files[1] and len(files[0]) > 12
     train, query, gallery = (common.load_market(market, part) for part in ("train", "query", "gallery"))
     assert train.images.shape == (60, 3, 128, 64) and train.images.dtype == torch.uint8
-    assert train.names == sorted(train.names)
-    assert {-1, 0} < (ids := set(gallery.person_ids.tolist())) and not ids & set(train.person_ids.tolist())
+    assert train.names == sorted(train.names) and {-1, 0} < set(gallery.person_ids.tolist())
+    assert not torch.isin(gallery.person_ids, train.person_ids).any()
     for person, camera in zip(query.person_ids, query.camera_ids):  # each query can be found in another camera
         assert ((gallery.person_ids == person) & (gallery.camera_ids != camera)).any()
-    annotations = common.read_annotations(market, "train")
-    assert train.labels.tolist() == [annotations[i] for i in train.person_ids.tolist()]
+    assert train.labels.tolist() == [common.read_annotations(market, "train")[i] for i in train.person_ids.tolist()]
     assert all(len(train.camera_ids[train.person_ids == i].unique()) > 1 for i in train.person_ids.unique())
     assert (gallery.labels[gallery.person_ids < 1] == -1).all() and (gallery.labels[gallery.person_ids > 0] >= 0).all()
 
@@ -229,16 +232,15 @@ def test_odd_files_sizes_and_kinds_are_read_and_others_named(tmp_path):
     gray, red = Image.fromarray(values.astype(np.uint8)), (200, 30, 30)
     folder.mkdir()
     Image.new("RGB", (64, 128), red).save(folder / "0002_c1s1_000451_03.jpg")
-    Image.new("RGB", (30, 90), red).save(folder / "0010_c3s1_000451_03.jpg.jpg", "JPEG")
+    Image.new("RGB", (30, 90), red).save(folder / "0010_c3s1_000451_03.jpg.jpg")
     Image.new("L", (64, 128), 90).save(folder / "-1_c6s1_000451_03.jpg")
     (folder / "Thumbs.db").write_bytes(b"x")
     data = common.load_market(tmp_path, "train", (96, 48))
     assert data.person_ids.tolist() == [-1, 2, 10] and data.camera_ids.tolist() == [6, 1, 3]
     assert data.images.shape == (3, 3, 96, 48) and (data.labels == -1).all()
     assert (data.images.float() - torch.tensor([[90, 90, 90], red, red]).view(3, 3, 1, 1)).abs().max() < 3
-    for name, image in {"gray.png": gray, "palette.gif": gray.convert("P"), "cmyk.jpg": gray.convert("CMYK"),
-                        "l\u00e4ngs.bmp": gray.convert("RGB")}.items():
-        image.save(tmp_path / name)
+    for name, mode in (("gray.png", "L"), ("palette.gif", "P"), ("cmyk.jpg", "CMYK"), ("l\u00e4ngs.bmp", "RGB")):
+        gray.convert(mode).save(tmp_path / name)
         read = common.read_image(tmp_path / name)
         assert read.shape == (3, 64, 32) and np.abs(read.numpy() - values).max() <= 6, name
     Image.new("RGBA", (10, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")  # transparency is laid on white
@@ -249,112 +251,97 @@ def test_odd_files_sizes_and_kinds_are_read_and_others_named(tmp_path):
 
 
 def test_split_is_by_identity_and_seeded():
-    ids = torch.randint(1, 101, (3000,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 101, (3000,), generator=seeded())
     train, validation = common.split_identities(ids, 0.6, seed=3)
-    assert torch.equal(train, ~validation) and len(ids[train].unique()) == 60
-    assert not set(ids[train].tolist()) & set(ids[validation].tolist())
+    assert torch.equal(train, ~validation) and not torch.isin(ids[train], ids[validation]).any()
+    assert len(ids[train].unique()) == 60
     assert [torch.equal(train, common.split_identities(ids, 0.6, seed)[0]) for seed in (3, 4)] == [True, False]
 
 
 def test_augmentation_mirrors_half_of_the_crops_and_turns_them_by_the_drawn_angle_leaving_black():
     crops = torch.randint(0, 256, (200, 3, 16, 8), dtype=torch.uint8)
-    out = common.augment(crops, common.random_warp(200, (16, 8), torch.Generator().manual_seed(0), degrees=0))
+    out = common.augment(crops, common.random_warp(200, (16, 8), seeded(), degrees=0))
     mirrored, same = ((out - other).abs().flatten(1).amax(1) < 1e-2 for other in (crops.flip(3), crops))
     assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
-    warp = common.random_warp(50, (128, 64), torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
+    warp, generator = common.random_warp(50, (128, 64), seeded(5)), seeded(5)
     angle = (torch.rand(50, generator=generator) * 2 - 1) * math.radians(10)
     flip = torch.where(torch.rand(50, generator=generator) < 0.5, -1.0, 1.0)
     crops = torch.zeros(50, 3, 128, 64, dtype=torch.uint8)
     crops[:, :, 30:33, 40:43] = 255  # a spot 32.5 above and 9.5 right of the centre
-    out = common.augment(crops, warp)[:, 0]
-    weight = out / out.sum((1, 2), keepdim=True)
-    y = (weight * (torch.arange(128.0) - 63.5)[:, None]).sum((1, 2))
-    x = (weight * (torch.arange(64.0) - 31.5)).sum((1, 2))
+    out, place = common.augment(crops, warp)[:, 0], torch.arange(64) - 31.5 + 1j * (torch.arange(128)[:, None] - 63.5)
+    found = (out * place).sum((1, 2)) / out.sum((1, 2))
     # The output at p shows the input at M p, so the spot s lands at M^-1 s, in pixels and in a true rotation.
-    sx, sy = flip * 9.5, torch.full((50,), -32.5)
-    assert torch.allclose(x, angle.cos() * sx + angle.sin() * sy, atol=0.05)
-    assert torch.allclose(y, -angle.sin() * sx + angle.cos() * sy, atol=0.05)
+    assert torch.allclose(found, torch.polar(torch.ones(50), -angle) * (9.5 * flip - 32.5j), atol=0.05)
     white = common.augment(torch.full((50, 3, 128, 64), 255, dtype=torch.uint8), warp)
     turned = angle.abs() > math.radians(3)
     assert (white[turned][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].amin(2) < 1).all() and (white[:, :, 64, 32] > 254).all()
 
 
 def test_strong_augmentation_shifts_and_erases_what_it_says_in_the_mean_colour():
-    warp = common.random_warp(4000, (128, 64), torch.Generator().manual_seed(0), degrees=0, shift=0.05, erase=0.5)
+    warp = common.random_warp(4000, (128, 64), seeded(), degrees=0, shift=0.05, erase=0.5)
     move, (across, down) = warp[:, :, 2], ((warp[:, k, 4] - warp[:, k, 3]) / 2 for k in (0, 1))
     assert 0.09 < move.abs().max() <= 0.1 and move.mean().abs() < 0.01  # 5 % of a side that goes from -1 to 1
-    erased = across > 0
-    area, long = (across * down)[erased], (2 * down / across)[erased]
+    erased, whole = across > 0, (across < 1) & (down < 1)
     assert erased.float().mean() == pytest.approx(0.5, abs=0.03) and torch.equal(erased, down > 0)
+    area, long = (across * down)[erased], (2 * down / across)[erased & whole]
     assert area.max() < 0.401 and area.mean() == pytest.approx(0.21, abs=0.02)
-    assert warp[:, :, 3:].abs().max() <= 1 and ((long > 0.3) & (long < 3.34))[(across < 1)[erased] & (down < 1)[erased]].all()
-    crops = torch.randint(0, 256, (300, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert warp[:, :, 3:].abs().max() <= 1 and 0.3 < long.min() and long.max() < 3.34
+    crops = torch.randint(0, 256, (300, 3, 32, 16), dtype=torch.uint8, generator=seeded())
     warp[:300, :, :3] = torch.eye(2, 3)
-    out = common.augment(crops, warp[:300])
-    mean = crops.float().mean((0, 2, 3))
+    out, mean = common.augment(crops, warp[:300]), crops.float().mean((0, 2, 3))
     gone = ((out - crops).abs() > 1e-2).any(1)
     assert torch.allclose(out.movedim(1, 3)[gone], mean, atol=0.1)
     assert gone.float().mean((1, 2)) == pytest.approx((across * down)[:300], abs=0.08)
-    assert gone[:, 0].any() and gone[:, -1].any() and gone[:, :, 0].any() and gone[:, :, -1].any()  # up to each side
+    assert all(gone.select(axis, end).any() for axis in (1, 2) for end in (0, -1))  # up to each side
 
 
 def test_muon_moves_along_the_nearest_orthogonal_matrix():
-    start, gradients = torch.randn(3, 40, 90, generator=torch.Generator().manual_seed(0)).split([1, 2])
-    matrix, momentum = start[0].clone().requires_grad_(), torch.zeros(40, 90)
+    start, *gradients = torch.randn(3, 40, 90, generator=seeded())
+    matrix, momentum = start.clone().requires_grad_(), torch.zeros(40, 90)
     optimizer = common.Muon([matrix], {"lr": torch.tensor(0.002)})
     for gradient in gradients:
         before, matrix.grad = matrix.detach().clone(), gradient.clone()
         optimizer.step()
-        momentum = 0.9 * momentum + 0.1 * gradient
+        moved, momentum = (before - matrix.detach()) / 0.04, 0.9 * momentum + 0.1 * gradient
         u, _, v = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
-        moved = (before - matrix.detach()) / 0.04
         assert ((moved * (u @ v)).sum() / moved.norm() / 40**0.5).item() > 0.97  # one direction
         assert 0.5 < torch.linalg.svdvals(moved).min() and torch.linalg.svdvals(moved).max() < 1.3
 
 
 def test_augmentation_and_loss_do_not_lose_precision_in_training(market, tmp_path, monkeypatch):
-    """bfloat16 coordinates would be wrong by a third of a pixel: the network must be given what `augment` says. Distances
-    in bfloat16 would have two digits: the loss is computed in float32."""
+    """bfloat16 coordinates would be wrong by a third of a pixel, and distances in it would have two digits."""
     monkeypatch.setattr(common, "precision", lambda device: "bfloat16")
     given, data, model = [], common.load_market(market, "train"), par.AttributeNet()
-    model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, model.backbone.width, requires_grad=True))
-
-    def criterion(outputs, rows):
-        assert outputs.dtype == (outputs[0] @ outputs[0].T).dtype == torch.float32
-        return outputs.sum()
-    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", criterion=criterion, seed=3)
-    warp = common.random_warp(8, (128, 64), torch.Generator().manual_seed(3))
-    assert torch.equal(given[0], common.augment(data.images[:8], warp))
+    wide = model.backbone.width
+    model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, wide, requires_grad=True))
+    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", seed=3, criterion=lambda z, rows: given.extend(
+        (z.dtype, (z[0] @ z[0].T).dtype)) or z.sum())
+    warp = common.random_warp(8, (128, 64), seeded(3))
+    assert torch.equal(given[0], common.augment(data.images[:8], warp)) and given[1:] == 2 * [torch.float32]
 
 
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [common.learning_rate(step, 100, 3e-4, 0.1) for step in range(101)]
-    assert rates[0] == pytest.approx(3e-5) and rates[9] == pytest.approx(3e-4) and max(rates) == pytest.approx(3e-4)
-    assert rates[55] == pytest.approx(3e-4 * 45 / 90) and rates[100] == 0
-    assert common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
+    assert [rates[k] for k in (0, 9, 55, 100)] == pytest.approx([3e-5, 3e-4, 1.5e-4, 0]) and rates[100] == 0
+    assert max(rates) == pytest.approx(3e-4) and common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
 
 
-def test_matrix_convolution_equals_convolution():
-    for stride, *size in ((1, 4, 2), (1, 8, 4), (1, 16, 8), (1, 5, 3), (2, 4, 2), (2, 8, 4), (2, 16, 8), (2, 5, 3)):
-        matrix = common.MatrixConv2d(6, 10, 3, stride, 1, bias=False).double()
-        x = torch.randn(2, 6, *size, dtype=torch.float64)
-        assert torch.allclose(matrix(x), F.conv2d(x, matrix.weight, stride=stride, padding=1))
-
-
-def test_backbone_normalises_and_loads_torchvisions_weights(tmp_path, as_users_have_it):
+def test_backbone_normalises_loads_torchvisions_weights_and_convolves_by_matrices(tmp_path, as_users_have_it):
     reference = torchvision.models.resnet18()
     torch.save(state := reference.state_dict(), tmp_path / "resnet18.pth")
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "published.pth")
     reference.fc, crops = nn.Identity(), torch.randint(0, 256, (4, 3, 128, 64), dtype=torch.uint8)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = reference.eval()((crops / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    expected = reference.eval()((crops / 255 - mean) / std)
     for name in ("resnet18.pth", "published.pth"):  # which lacks those
-        args = SimpleNamespace(weights=str(tmp_path / name), resume=False)
-        backbone = common.Backbone(common.backbone_weights(args)).eval()
-        maps, features = backbone(crops)
+        weights = common.backbone_weights(SimpleNamespace(weights=str(tmp_path / name), resume=False))
+        maps, features = (backbone := common.Backbone(weights).eval())(crops)
         assert torch.allclose(features, expected, atol=1e-4) and maps.shape == (4, backbone.width, 4, 2)
     assert torch.allclose(maps.mean((2, 3)), expected, atol=1e-4)
+    for stride, *size in ((1, 4, 2), (1, 8, 4), (1, 16, 8), (1, 5, 3), (2, 4, 2), (2, 8, 4), (2, 16, 8), (2, 5, 3)):
+        matrix = common.MatrixConv2d(6, 10, 3, stride, 1, bias=False).double()
+        x = torch.randn(2, 6, *size, dtype=torch.float64)
+        assert torch.allclose(matrix(x), F.conv2d(x, matrix.weight, stride=stride, padding=1))
 
 
 # ------------------------------------------------------------------------------------------------ stage 1, by formulas
@@ -362,24 +349,22 @@ def test_backbone_normalises_and_loads_torchvisions_weights(tmp_path, as_users_h
 
 def some_classes(count, seed):
     """Random classes of `count` images: int64 [count, 12]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.stack([torch.randint(0, n, (count,), generator=generator) for n in SIZES], 1)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("kind", ["ce", "wce", "focal", "alpha"])
 def test_losses_equal_the_reports_formulas(kind, gamma):
-    logits = [3 * torch.randn(7, n, generator=torch.Generator().manual_seed(n)).double() for n in SIZES]
+    logits = [3 * torch.randn(7, n, generator=seeded(n)).double() for n in SIZES]
     labels, expected = some_classes(7, seed=0), 0.0
     labels[2] = -1  # an image without annotation takes no part
     weights = [torch.arange(1, n + 1, dtype=torch.float64) / n for n in SIZES]
     for k, z in enumerate(logits):
-        terms = []
         for scores, c in ((z[i].tolist(), labels[i, k]) for i in (0, 1, 3, 4, 5, 6)):
             p = math.exp(scores[c]) / sum(map(math.exp, scores))
-            terms.append(-math.log(p) * ((1 - p) ** gamma if kind in ("focal", "alpha") else 1)
-                         * (weights[k][c].item() if kind in ("wce", "alpha") else 1))
-        expected += sum(terms) / len(terms)
+            focus = (1 - p) ** gamma if kind in ("focal", "alpha") else 1
+            expected -= focus * math.log(p) * (weights[k][c].item() if kind in ("wce", "alpha") else 1) / 6
     assert par.attribute_loss(logits, labels, kind, weights, gamma).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -392,9 +377,8 @@ def test_losses_stay_finite_for_sure_and_for_wrong_predictions():
 
 
 def test_class_weights_are_inverse_frequencies_with_mean_one():
-    labels = torch.zeros(8, 12, dtype=torch.int64)
-    labels[:, 0] = torch.tensor([1, 1, 1, 1, 1, 2, 2, -1])  # "young" and "old" do not occur
-    weights = par.class_weights(labels)
+    column = torch.tensor([1, 1, 1, 1, 1, 2, 2, -1])  # "young" and "old" do not occur
+    weights = par.class_weights(torch.stack([column, *torch.zeros(11, 8, dtype=torch.int64)], 1))
     assert weights[0].tolist() == pytest.approx([0, 7 / (2 * 5), 7 / (2 * 2), 0]) and weights[1].tolist() == [1, 0]
     assert (5 * weights[0][1] + 2 * weights[0][2]) / 7 == pytest.approx(1)
 
@@ -402,10 +386,8 @@ def test_class_weights_are_inverse_frequencies_with_mean_one():
 def test_score_equals_counting():
     truth = some_classes(50, seed=0)
     guess = torch.where(some_classes(50, seed=1) % 2 == 0, truth, 0)
-    truth[:, 0] = truth[:, 0].clamp(max=1)
-    guess[:, 0] = guess[:, 0].clamp(max=2)  # class 3 occurs nowhere, class 2 in predictions alone
-    guess[0, 0] = 2
-    truth[:5, 1] = -1
+    truth[:, 0].clamp_(max=1), guess[:, 0].clamp_(max=2)  # class 3 occurs nowhere, class 2 in predictions alone
+    guess[0, 0], truth[:5, 1] = 2, -1
     accuracy, f1 = par.score(guess, truth)
     for k, n in enumerate(SIZES):
         pairs = [(t, g) for t, g in zip(truth[:, k].tolist(), guess[:, k].tolist()) if t >= 0]
@@ -414,15 +396,15 @@ def test_score_equals_counting():
         for c in range(n):
             true, claimed = [g == c for t, g in pairs if t == c], [t == c for t, g in pairs if g == c]
             if true or claimed:
-                precision, recall = (sum(x) / len(x) if x else 0 for x in (claimed, true))
-                scores.append(2 * precision * recall / (precision + recall) if precision + recall else 0)
+                precision, recall = (sum(x) / max(1, len(x)) for x in (claimed, true))
+                scores.append(2 * precision * recall / max(1e-9, precision + recall))
         assert f1[k].item() == pytest.approx(sum(scores) / len(scores))
 
 
 def test_activation_maps_add_up_to_the_logits_which_must_be_finite(trained, market):
     model, crops = par.load(CPU, torch_load(trained.par)), common.load_market(market, "query").images[:5]
-    maps, logits = par.activation_maps(model, crops, par.predict(model, crops)[0]), common.infer(model, crops)
-    for k, z in enumerate(logits.split(SIZES, 1)):
+    maps = par.activation_maps(model, crops, par.predict(model, crops)[0])
+    for k, z in enumerate(common.infer(model, crops).split(SIZES, 1)):
         best, which = z.max(1)
         assert torch.allclose(maps[:, k].mean((1, 2)) + model.heads[k][1].bias[which], best, atol=1e-4)
     model.heads[3][1].bias.data.fill_(math.nan)
@@ -433,7 +415,7 @@ def test_activation_maps_add_up_to_the_logits_which_must_be_finite(trained, mark
 @pytest.mark.parametrize("head", ["linear", "conv"])
 def test_the_joint_network_gives_logits_features_and_identities(head, tmp_path):
     model = par.AttributeNet(0.0, None, head, 5, ["neck", "mirror"])
-    crops = torch.randint(0, 256, (6, 3, 64, 32), generator=torch.Generator().manual_seed(0)).float()
+    crops = torch.randint(0, 256, (6, 3, 64, 32), generator=seeded()).float()
     maps, features = model.backbone(crops)  # in training: the neck's statistics are the batch's
     logits, given, scores = model(crops).split([sum(SIZES), model.backbone.width, 5], 1)
     assert torch.allclose(given, features, atol=1e-5)
@@ -731,13 +713,12 @@ def test_both_stages_write_checkpoint_and_record_and_stage_2_figure_3(trained):
 
 
 def test_stage_1_scores_and_counts(trained, market, tmp_path, run):
-    root = shutil.copytree(market, tmp_path / "copy")
-    (root / "annotations_test.csv").unlink()
-    out, _ = run(par, "--eval", trained.par)
+    (shutil.copytree(market, tmp_path / "copy") / "annotations_test.csv").unlink()
+    out, unscored = (run(par, "--eval", trained.par, "--data", data)[0] for data in (market, tmp_path / "copy"))
+    assert "The test crops have no annotations: not scored." in unscored
     assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out
     f1 = [100 * v for v in record_of(trained.par)["final"]["validation"]["f1"].values()]
     assert [float(row[3]) for row in table_of(out, "validation crops")] == pytest.approx(f1, abs=0.01)
-    assert "The test crops have no annotations: not scored." in run(par, "--eval", trained.par, "--data", root)[0]
     black = (common.load_market(market, "train").labels[:, 10] == 0).sum().item()
     rows = [row[:4] for row in table_of(run(par, "--stats")[0], "Table 4")]
     assert ["upcolor", "black", str(black), f"{100 * black / 60:.2f}"] in rows and len(rows) == sum(SIZES)
@@ -758,11 +739,11 @@ def test_stage_1_predicts_what_can_be_read_and_names_the_rest_once(trained, mark
     skipped = [line for line in err.splitlines() if line.startswith("Skipped: ")]
     for name in ("nowhere", "bomb.png", "cut.png", "empty.png", "text.jpg"):
         assert len(skipped) == 5 and sum(name in line for line in skipped) == 1
-    rows, model = list(csv.DictReader(out.splitlines(True))), par.load(CPU, torch_load(trained.par))
+    rows, model = [*csv.DictReader(out.splitlines(True))], par.load(CPU, torch_load(trained.par))
     paths = [*sorted({*folder.glob("*.jpg"), large, odd} - {folder / "text.jpg"}), crop]
     assert [row["file"] for row in rows] == list(map(str, paths))
-    logits = common.infer(model, common.read_crops(paths, (64, 32))[0]).split(SIZES, 1)
-    for (a, names), z in zip(ATTRIBUTES.items(), logits):
+    logits = common.infer(model, common.read_crops(paths, (64, 32))[0])
+    for (a, names), z in zip(ATTRIBUTES.items(), logits.split(SIZES, 1)):
         best, which = z.softmax(1).max(1)
         assert [float(row[f"{a}_probability"]) for row in rows] == pytest.approx(best.tolist(), abs=0.02)
         assert np.mean([row[a] == names[c] for row, c in zip(rows, which.tolist())]) > 0.9
@@ -1206,7 +1187,7 @@ BROKEN_DATA = [  # what the annotations hold or what their second identity has, 
     (Path(f"{10**20}_c1s1_000025_01.jpg"), "is not named like a crop of Market-1501"),
     (lambda root: [path.write_bytes(b"") for path in crops_of(root)], "is not a readable image"),
     (lambda root: (root / "bounding_box_train" / "0001_c9s1_1_01.jpg").mkdir(), "is not a readable image"),
-    (lambda root: [path.unlink() for path in root.glob("*.csv")], "has no annotations: annotations_train.csv or"),
+    (lambda root: (root / "annotations_train.csv").unlink(), "has no annotations: annotations_train.csv or"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
     (lambda root: root.rename(root.with_name("gone")), "is not a folder"),
@@ -1216,9 +1197,9 @@ BROKEN_DATA = [  # what the annotations hold or what their second identity has, 
 @pytest.mark.parametrize("damage, sentence", BROKEN_DATA, ids=[sentence for _, sentence in BROKEN_DATA])
 def test_broken_data_is_named_in_a_sentence(damage, sentence, market, tmp_path, run):
     root = shutil.copytree(market, tmp_path / "copy")
-    if isinstance(damage, (str, dict)):
-        text = damage if isinstance(damage, str) else csv_text([ROWS[0], ROWS[1] | damage])
-        (root / "annotations_train.csv").write_text(text, "utf-8", "surrogateescape")
+    damage = csv_text([ROWS[0], ROWS[1] | damage]) if isinstance(damage, dict) else damage
+    if isinstance(damage, str):
+        (root / "annotations_train.csv").write_text(damage, "utf-8", "surrogateescape")
     else:
         damage(root) if callable(damage) else crops_of(root)[0].rename(root / "bounding_box_train" / damage)
     before = files_of(tmp_path)
