@@ -719,7 +719,12 @@ def test_stage_1_scores_and_counts(trained, market, tmp_path, run):
     assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out
     f1 = [100 * v for v in record_of(trained.par)["final"]["validation"]["f1"].values()]
     assert [float(row[3]) for row in table_of(out, "validation crops")] == pytest.approx(f1, abs=0.01)
-    black = (common.load_market(market, "train").labels[:, 10] == 0).sum().item()
+    data = common.load_market(market, "train")
+    training, validation = common.saved_split(torch_load(trained.par), data.person_ids, trained.par)
+    commonest = (data.labels[validation] == data.labels[training].mode(0).values).float().mean(0)
+    rows = table_of(out, "validation crops", 12)
+    assert [float(row[2]) for row in rows] == pytest.approx((100 * commonest).tolist(), abs=0.01)
+    black = (data.labels[:, 10] == 0).sum().item()
     rows = [row[:4] for row in table_of(run(par, "--stats")[0], "Table 4")]
     assert ["upcolor", "black", str(black), f"{100 * black / 60:.2f}"] in rows and len(rows) == sum(SIZES)
     assert Image.open(tmp_path / "par_stats.png").size == (1240, 40 * (sum(SIZES) + 2))
