@@ -3,7 +3,6 @@
 
 Data flows one way. Every crop is decoded once into one uint8 tensor that stays on the device; an index tensor says what
 a step trains on: it gathers those rows, flips and rotates them in one batch, and runs one forward and backward pass.
-`fit` is the only training loop of the project.
 
 [report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
 """
@@ -107,9 +106,8 @@ def read_annotations(root, half):
     Two formats, both coded from 1: the course's CSV, and the authors' market_attribute.mat, whose two halves hold their
     fields in different orders. Both are read by name.
     """
-    source = root / f"annotations_{half}.csv"
-    source = source if source.is_file() else root / "market_attribute.mat"
-    if not source.is_file():
+    sources = [root / name for name in (f"annotations_{half}.csv", "market_attribute.mat")]
+    if not (source := next(filter(Path.is_file, sources), None)):
         return {}
     try:
         if source.suffix == ".csv":
@@ -469,13 +467,12 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             add_up(tensor.mul_(share))  # the means over the processes
         with timed(record["seconds"], "validation"):
             figures = validate()
-        if epoch == 1:
+        if epoch == 1 and not rank:
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
                                  "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
         record["metrics"] = list(figures) or ["epoch"]
-        scores = [row[record["metrics"][0]] for row in record["epochs"]]
-        record["best epoch"] = scores.index(max(scores)) + 1
+        record["best epoch"] = max(record["epochs"], key=lambda row: row[record["metrics"][0]])["epoch"]
         write_record(out, record)  # if no other run has begun to write there
         checkpoint["model"] = model.state_dict()
         if record["best epoch"] == epoch:
@@ -494,9 +491,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
 
 
 def graphed(step, warmup=3):
-    """The same step for CUDA, where a batch takes less time than launching its thousand kernels one by one: the first
-    run as they are, so that cuDNN chooses its algorithms and AdamW makes its state; then one is recorded as a CUDA graph
-    without being run, and it and all later ones replay that, on new values in the same memory."""
+    """The same step for CUDA, where a batch takes less time than launching its thousand kernels one by one. The first
+    run as they are: cuDNN chooses its algorithms, AdamW makes its state. Then one is recorded as a CUDA graph without
+    being run; it and all later ones replay that, on new values in the same memory."""
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # for good: the default stream cannot be recorded
     calls, graph, inputs, losses = itertools.count(), torch.cuda.CUDAGraph(), [], []
@@ -546,15 +543,13 @@ def load_last(out, checkpoint):
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
-    free = {"data", "init", "out", "device", "without", *["head"] * (checkpoint["kind"] == "reid")}  # or told by others
-    for kind in ("arguments", "fingerprints"):
-        for name, value in record[kind].items():
-            if name not in free and value != last["record"][kind].get(name):
-                flag = "--without" if name == "rungs" else f"--{name}" if kind == "arguments" else name
-                raise UserError(f"{path} is of a run with another {flag}: resume with that, or start without --resume.")
+    differ = [name for kind in ("arguments", "fingerprints") for name, value in record[kind].items()
+              if name not in ("data", "init", "out", "device", "without") and value != last["record"][kind].get(name)]
+    if differ:
+        raise UserError(f"{path} is of a run with another {differ[0]}: resume with that, or start without --resume.")
     count = record["processes"]
     record.update(last["record"])
-    if not is_own(out, record):
+    if not is_own(out, record) and not processes()[0]:
         set_aside(out)
     save_checkpoint(out, last["best"])
     print(f"Going on after epoch {len(record['epochs'])}" + (
@@ -565,8 +560,7 @@ def load_last(out, checkpoint):
 def set_aside(out):
     """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
     k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
-    files = [] if processes()[0] else filter(Path.exists, (out.with_suffix(".json"), out))
-    for path in files:  # if cut off between them, they meet again later
+    for path in filter(Path.exists, (out.with_suffix(".json"), out)):  # if cut off between them, they meet again later
         print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
 
 
@@ -730,7 +724,8 @@ def start(args, source=None, checkpoint=None, data=True):
     record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
               "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
               "processes": processes()[1], "machine": platform.platform(), "versions": {
-                  "python": platform.python_version(), "torch": torch.__version__[:], "torchvision": torchvision.__version__}}
+                  "python": platform.python_version(), "torch": torch.__version__[:],
+                  "torchvision": torchvision.__version__}}
     print("DEMO SET of drawn people: its figures say nothing about Market-1501. README says how to get that.\n" * demo
           + f"{'data' if data else 'trained on'} {args.data} | {args.device}, {record['precision']}, "
           f"{record['processes']} x {record['threads']} threads | {args.size[0]}x{args.size[1]} | "
@@ -933,8 +928,7 @@ def draw_crop(person, camera, random):
         half += [(colour, 0, (a, y), (b, y), (d, z), (c, z))
                  for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
     layers = [  # from back to front or, seen from behind, the other way round; a list times 0 is empty
-        [(hair, 16, (0, 103), (0, 83))] * person["hair"],
-        [(pack, 18 * wide, (0, 80), (0, 68))] * person["backpack"],
+        [(hair, 16, (0, 103), (0, 83))] * person["hair"], [(pack, 18 * wide, (0, 80), (0, 68))] * person["backpack"],
         [*((colour, thick, *((k * x, y) for x, y in points)) for k in (-1, 1) for colour, thick, *points in half),
          (skin, 5.5, (0, 90), (0, 96)), (hair, 16, (0, 101), (0, 104))],
         [(pack, 2.6, (x * wide, 89), (x * wide, 66)) for x in (-6.5, 6.5)] * person["backpack"],
@@ -942,8 +936,7 @@ def draw_crop(person, camera, random):
     ][::random.choice([-1, 1], p=[0.45, 0.55])] + [
         [(hat, 13, (-2, 107), (2, 107)), (hat, 2.6, (-9, 105), (9, 105))] * person["hat"],
         [(bag, 1.8, (shoulder * 0.6, 89), (-hip, 57)), (bag, 9, (-hip - 4, 56), (-hip, 50))] * person["bag"],
-        [(handbag, 0, (hand, 55), (hand - 7, 38), (hand + 7, 38)), (handbag, 6, (hand - 5, 37), (hand + 5, 37))]
-        * person["handbag"]]
+        [(handbag, 6, (hand, 55), (hand - 5, 38), (hand + 5, 38))] * person["handbag"]]
     (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
     for colour, thick, *points in [(tinted(ground, 0.8), 5, (-12, 0), (12, 0)), *sum(layers, [])]:
         # Only what is below the neck is shorter: a child's head is nearly as large as an adult's.

@@ -720,7 +720,7 @@ def test_stage_1_scores_and_counts(trained, market, tmp_path, run):
     f1 = [100 * v for v in record_of(trained.par)["final"]["validation"]["f1"].values()]
     assert [float(row[3]) for row in table_of(out, "validation crops")] == pytest.approx(f1, abs=0.01)
     data = common.load_market(market, "train")
-    training, validation = common.saved_split(torch_load(trained.par), data.person_ids, trained.par)
+    training, validation = par.saved_split(torch_load(trained.par), data.person_ids, trained.par)
     commonest = (data.labels[validation] == data.labels[training].mode(0).values).float().mean(0)
     rows = table_of(out, "validation crops", 12)
     assert [float(row[2]) for row in rows] == pytest.approx((100 * commonest).tolist(), abs=0.01)
@@ -879,6 +879,8 @@ def test_stage_2_and_its_embeddings_do_without_annotations(market, tmp_path, run
 def test_a_step_of_the_loop_equals_a_plain_float32_step(k, market, tmp_path):
     """`fit` against ten plain lines: same crops, same augmentation, AdamW on ordinary parameters; k crops an item."""
     data, given = common.load_market(market, "train", (64, 32)), []
+    data.images = torch.randint(0, 256, data.images.shape, dtype=torch.uint8, generator=seeded())
+    torch.manual_seed(0)
     models = [par.AttributeNet(dropout=0) if k == 1 else reid.EmbeddingNet()]
     models += [copy.deepcopy(models[0]) for _ in range(2)]
     items = torch.stack([torch.randperm(43, generator=torch.Generator().manual_seed(i)) for i in range(k)], 1)
@@ -944,7 +946,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market,
     with monkeypatch.context() as patch:
         before_call(patch, owner, name, at)
         run(module, *arguments, out, code=130, error=f"{script}.py: stopped; the same command with --resume goes on")
-    run(module, *arguments, out, "--seed", 1, "--resume", error="cut.last is of a run with another --seed: resume with")
+    run(module, *arguments, out, "--seed", 1, "--resume", error="cut.last is of a run with another seed: resume with")
     monkeypatch.chdir(market)
     relative = [os.path.relpath(a) if isinstance(a, Path) else a for a in (*arguments, out)]  # the same, spelled anew
     assert "Going on after epoch " in run(module, *relative, "--resume")[0]
@@ -981,7 +983,7 @@ def test_two_processes_train_and_score_as_one_does(market, tmp_path, monkeypatch
     for folder in (tmp_path / "1", tmp_path / "2"):
         stage_1, stage_2 = folder / "par.pt", folder / "reid.pt"
         commands = [["par", *few, "--dropout", 0, "--out", stage_1],
-                    ["reid", *few, "--batch", 9, "--lr", 1e-3, "--init", stage_1, "--out", stage_2],
+                    ["reid", *few, "--batch", 9, "--init", stage_1, "--out", stage_2],
                     ["reid", *few[:2], "--device", "cpu", "--eval", tmp_path / "1" / "reid.pt"]]
         if folder.name == "1":
             said = [run({"par": par, "reid": reid}[name], *arguments)[0] for name, *arguments in commands]
