@@ -477,6 +477,8 @@ def report_recipe(args, market, rows, state):
 def strong_recipe(args, market, rows, state):
     """Beyond the report: identities, hard triplets and attributes learned jointly, from groups of four crops of one
     identity: -> (network, plan, criterion) for `fit`."""
+    if not {"identity", "triplets", "attributes"} & set(args.rungs):
+        raise UserError("--without identity triplets attributes leaves nothing to train: leave in one of them.")
     ids, labels = market.person_ids[rows], market.labels.to(args.device)
     identities = torch.searchsorted(ids.unique(), market.person_ids).to(args.device)  # 0, 1, ... of those to train on
     weights = [w.to(args.device) for w in par.class_weights(market.labels[rows])]
@@ -507,10 +509,10 @@ def train(args, record, stage_1, market, split):
     -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
     """
     rows, validation = (which.nonzero()[:, 0] for which in split)
-    record, strong = copy.deepcopy(record), args.recipe == "strong"
+    record, recipe = copy.deepcopy(record), strong_recipe if args.recipe == "strong" else report_recipe
     state = None if stage_1 else common.backbone_weights(args)
     with common.timed(record["seconds"], "preparing"):
-        model, plan, criterion = (strong_recipe if strong else report_recipe)(args, market, rows, state)
+        model, plan, criterion = recipe(args, market, rows, state)
     seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
     if len(validation) and len(seen) == len(seen.unique()):
         raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
@@ -518,7 +520,7 @@ def train(args, record, stage_1, market, split):
         own, given = model.state_dict(), stage_1["model"]
         model.load_state_dict({k: given[k] if k in given and given[k].shape == v.shape else v for k, v in own.items()})
     model.to(args.device)
-    checkpoint = {"kind": "reid", "record": record, "stage 1": None if strong else stage_1,
+    checkpoint = {"kind": "reid", "record": record, "stage 1": None if "attributes" in args.rungs else stage_1,
                   "train_ids": market.person_ids[rows].unique(),
                   "validation_ids": market.person_ids[validation].unique()}
 
@@ -616,10 +618,12 @@ def load(args, checkpoint):
     own = checkpoint["record"]["arguments"]
     if own["recipe"] == "strong":
         model = par.load(args, checkpoint)
-        return model, model if "attributes" in own["rungs"] else None
-    model = EmbeddingNet(own["dim"])
-    model.load_state_dict(checkpoint["model"])
-    return model.to(args.device), checkpoint["stage 1"] and par.load(args, checkpoint["stage 1"])
+    else:
+        model = EmbeddingNet(own["dim"]).to(args.device)
+        model.load_state_dict(checkpoint["model"])
+    if "attributes" in own["rungs"]:
+        return model, model
+    return model, checkpoint["stage 1"] and par.load(args, checkpoint["stage 1"])
 
 
 def evaluate(args, record, checkpoint):
@@ -834,10 +838,11 @@ def main(args):
         market = par.load_train(args, "attributes" in args.rungs)
     origin = checkpoint and [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
     record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": origin}
-    split = par.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
-        common.split_identities(market.person_ids, seed=args.seed)
     if args.identities == "all":
-        split = split[0] | True, split[1] & False
+        split = market.person_ids > 0, market.person_ids < 1
+    else:
+        split = par.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
+            common.split_identities(market.person_ids, seed=args.seed)
     results = train(args, record, checkpoint, market, split)
     if args.compare:
         own = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})

@@ -834,23 +834,29 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
     assert out.count("re-ranked") == 3 and "hamming" in rows and rows["none"] != rows["re-ranked"]
     out, _ = run(reid, "--eval", tmp_path / "r.pt", "--gallery", market / "query", "--find", "hat=yes")
     assert "hat yes, among 20 images" in out
-    run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt")
-    assert "no Hamming filter" in run(reid, "--eval", tmp_path / "w.pt")[0]
+    run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt",
+        "--init", tmp_path / "o.pt")  # whose attributes are kept
+    assert "predicted attributes differ" in run(reid, "--eval", tmp_path / "w.pt")[0]
     assert torch_load(tmp_path / "w.pt")["record"]["arguments"]["rungs"] == [
         "identity", "triplets", "smoothing", "stride", "erasing", "shift"] and len(torch_load(tmp_path / "w.last")["moments"]) == 1
 
 
-def test_training_on_all_identities_keeps_the_last_epoch(tmp_path, run):
-    out, _ = run(reid, *QUICK, "--epochs", 3, "--recipe", "strong", "--identities", "all", "--patience", 1)
+def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(market, tmp_path, run):
+    root = shutil.copytree(market, tmp_path / "copy")
+    for path in crops_of(root)[18:]:  # 3 identities are too few to split
+        path.unlink()
+    out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--recipe", "strong", "--identities", "all", "--patience", 1)
     saved = torch_load(tmp_path / "o.pt")
-    assert len(saved["train_ids"]) == 10 and not len(saved["validation_ids"]) and saved["record"]["best epoch"] == 3
-    assert "60 training and 0 validation crops, so that the last epoch is kept" in out and "  validation" not in out
-    out, _ = run(reid, "--eval", tmp_path / "o.pt")
+    assert len(saved["train_ids"]) == 3 and not len(saved["validation_ids"]) and saved["record"]["best epoch"] == 3
+    assert "18 training and 0 validation crops, so that the last epoch is kept" in out and "  validation" not in out
+    out, _ = run(reid, "--data", root, "--eval", tmp_path / "o.pt")
     assert "validation" not in out and "test set" in out and "at most 12 of 12" in out
 
 
-def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_path, run):
-    out, _ = run(reid, "--init", trained.par, "--compare", *QUICK[:4], "--lr", "1e-12", "--negatives", "random")
+@pytest.mark.parametrize("recipe", ["report", "strong"])
+def test_comparison_starts_with_and_without_the_weights_of_stage_1(recipe, trained, tmp_path, run):
+    out, _ = run(reid, "--init", trained.par, "--compare", *QUICK[:4], "--lr", "1e-12", "--negatives", "random",
+                 "--recipe", recipe)
     stage_1, without, transferred = (torch_load(path)["model"] for path in (
         trained.par, tmp_path / "o_without.pt", tmp_path / "o.pt"))
     for k in (k for k, v in transferred.items() if k.startswith("backbone") and v.dim() == 4):
@@ -858,7 +864,8 @@ def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_
     finals = [record_of(tmp_path / name)["final"]["validation"] for name in ("o_without.pt", "o.pt")]
     assert [row[2:] for row in table_of(out, "Table 1")] == [
         [f"{100 * final[protocol]['none']['mAP']:.2f}" for final in finals] for protocol in finals[0]]
-    assert "no Hamming filter" in run(reid, "--eval", tmp_path / "o_without.pt")[0]
+    out, _ = run(reid, "--eval", tmp_path / "o_without.pt")
+    assert ("no Hamming filter" in out) == (recipe == "report")
 
 
 def test_stage_2_and_its_embeddings_do_without_annotations(market, tmp_path, run):
@@ -1227,6 +1234,7 @@ par --eval T/par.pt --predict N: No image could be read from
 reid --compare: so it needs --init FILE, a checkpoint of par.py
 reid --init T/par.pt --compare --identities all: and --identities all leaves none
 reid --recipe strong --without nick: invalid choice: 'nick' (choose from
+reid --recipe strong --without identity triplets attributes: leaves nothing to train: leave in one of
 par --without neck: --without leaves out steps of the strong recipe: pass --recipe strong too
 reid --embed N/x.npz: --embed needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER
