@@ -36,7 +36,6 @@ MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
 # What the strong recipe is made of, each of which --without leaves out: three losses, the BNNeck, label smoothing, its
 # augmentation, its optimizer, and the mirror image at test.
 RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "stride", "erasing", "shift", "muon", "mirror"]
-VERDICTS = {"yes": MATCH, "unsure": common.GREY, "no": OTHER}
 
 
 # ---------------------------------------------------------------------------------------------- clusters and triplets
@@ -409,7 +408,7 @@ def tune_hamming(query, gallery=None):
     return max(scores, key=lambda k: scores[k]["mAP"])
 
 
-# ------------------------------------------------------------------------------------ which distance is "same person"
+# ------------------------------------------------------------------------------------ how sure "same person" is
 
 
 def distance_histograms(query, gallery=None, top=None, bins=1000):
@@ -426,21 +425,40 @@ def distance_histograms(query, gallery=None, top=None, bins=1000):
     return {"edges": torch.linspace(0, top, bins + 1, dtype=torch.float64), "matches": counts[0], "others": counts[1]}
 
 
-def rates(curve, share=None):
-    """Of calling pairs nearer than each of edges[1:] one person: (precision [bins], recall [bins], share of matches).
+def same_person(curve, prior=None):
+    """P(same person) at each of the curve's edges, the distance of 50 %, and the share of matches among all pairs that
+    they are for: (float64 array [bins + 1], float, float). Another share, `prior`, shifts the log-odds.
 
-    share: of matches among the pairs to be judged, from which precision follows; by default the curve's own.
+    curve: as from `distance_histograms`. The odds of its bins must fall with the distance: bins where they do not are
+    joined (pool adjacent violators, Ayer et al. 1955), and the log-odds interpolated between the means of what is joined.
+    A pair of each kind more, where it is least expected, keeps all finite. Of two halves of Market-1501's test identities,
+    one tells of the other a little more so (log loss) than by a logistic curve.
     """
-    matches, others = curve["matches"].cumsum(0), curve["others"].cumsum(0)
-    share = (matches[-1] / (matches[-1] + others[-1])).item() if share is None else share
-    recall, wrong = matches / matches[-1], others / others[-1]
-    return share * recall / (share * recall + (1 - share) * wrong).clamp(min=1e-300), recall, share
+    counts, edges, joined = np.stack([curve["matches"], curve["others"]]), curve["edges"].numpy(), []
+    odds = np.divide(*counts.sum(1).clip(min=1))
+    counts[[1, 0], [0, -1]] += 1
+    for block in np.stack([*counts, counts.sum(0) * (edges[1:] + edges[:-1]) / 2], 1):
+        joined.append(block)
+        while len(joined) > 1 and joined[-2][0] * joined[-1][1] <= joined[-1][0] * joined[-2][1]:
+            joined[-2:] = [joined[-2] + joined[-1]]
+    matches, others, total = np.transpose(joined)
+    log_odds = np.interp(edges, total / (matches + others), np.log(matches / others))
+    prior = odds / (1 + odds) if prior is None else prior
+    p = 1 / (1 + np.exp(np.log(odds) - np.log(prior / (1 - prior)) - log_odds))
+    return p, float(np.interp(0.5, p[::-1], edges[::-1])), float(prior)
 
 
-def same_person(curve):
-    """Which distance means "same person", that of the highest F1: the bin after whose end nothing is called so."""
-    precision, recall, _ = rates(curve)
-    return int((precision * recall / (precision + recall).clamp(min=1e-300)).argmax())
+def show_calibration(title, curve, found, prior):
+    """Print, in ten steps of the probability that `curve` promises, how many of the pairs in `found` match."""
+    p, _, share = same_person(curve, prior)
+    p, pairs = torch.from_numpy((p[1:] + p[:-1]) / 2), found["matches"] + found["others"]
+    step = (10 * p).long().clamp(max=9)
+    sums = torch.stack([torch.bincount(step, n, 10) for n in (pairs, pairs * p, found["matches"])])
+    names, sums = [*(f"{10 * k} to {10 * k + 10}" for k in range(10)), "all"], torch.cat([sums, sums.sum(1, True)], 1)
+    common.table(f"Probability of the same person: {title}, across cameras (%)", ["promised", "pairs", "mean", "match"],
+                 [[name, f"{n:.0f}", 100 * mean / n, 100 * m / n] for name, (n, mean, m) in zip(names, sums.T)])
+    print(f"Promised for pairs of which {100 * share:.3g} % match, as --prior says." if prior else
+          f"Promised for pairs of which {100 * share:.3g} % match, as on validation; --prior P is for another share.")
 
 
 # ----------------------------------------------------------------------------------------------- training and results
@@ -542,9 +560,13 @@ def train(args, record, stage_1, market, split):
             title = f"{args.out}, {len(validation)} validation crops"
             results, threshold, hamming = score_and_show(args, embedded, None, title, args.hamming)
             curve = distance_histograms(embedded)
-        same = show_same_person(same_person(curve), {"validation": (curve, None)})
-        record["final"] |= {"threshold": threshold, "hamming": hamming, "validation": results, "same person": same}
-        draw_distances(args.out.with_suffix(".png"), curve, same["distance"])
+        _, half, share = same_person(curve)
+        recall = (curve["matches"][curve["edges"][1:] <= half].sum() / curve["matches"].sum()).item()
+        print(f"same person: 50 % at a distance of {half:.3f}, if {100 * share:.3g} % of all pairs match as here; "
+              f"{100 * recall:.1f} % of the matches are nearer")
+        record["final"] |= {"threshold": threshold, "hamming": hamming, "validation": results, "same person": {
+            "distance": half, "share of matches": share, "recall": recall}}
+        draw_distances(args.out.with_suffix(".png"), curve)
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return record["final"].get("validation")
@@ -575,38 +597,28 @@ def score_and_show(args, query, gallery, title, hamming):
     return results, threshold, hamming
 
 
-def show_same_person(at, curves):
-    """Print what to expect of calling pairs nearer than edges[at + 1] one person: -> dict of the first row, fractions.
-
-    curves: dict of a name -> (curve, share of matches to expect, or None for the curve's own).
-    """
-    distance, found = next(iter(curves.values()))[0]["edges"][at + 1].item(), {}
-    for name, (curve, share) in curves.items():
-        precision, recall, share = rates(curve, share)
-        found[name] = {"precision": precision[at].item(), "recall": recall[at].item(), "share of matches": share}
-    common.table(f"Same person: distance < {distance:.3f} (%, matches across cameras)",
-                 ["", "precision", "recall", "share of matches"],
-                 [[name, *(100 * v for v in row.values())] for name, row in found.items()])
-    return {"distance": distance, **next(iter(found.values()))}
-
-
-def draw_distances(path, curve, distance):
-    """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each; `distance` upright."""
+def draw_distances(path, curve):
+    """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each; and what probability
+    follows from that, from 0 to 100 % over the height."""
     edges, font = curve["edges"][::10].numpy(), ImageFont.load_default(40)
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
-    shares = [(100 * n.view(-1, 10).sum(1) / n.sum()).numpy() for n in counts.values()]
-    lines = [((edges[1:] + edges[:-1]) / 2, share) for share in shares] + [([distance] * 2, [0, np.max(shares)])]
+    shares = {name: (100 * n.view(-1, 10).sum(1) / n.sum()).numpy() for name, n in counts.items()}
+    (p, half, _), high, middle = same_person(curve), max(map(np.max, shares.values())), (edges[1:] + edges[:-1]) / 2
+    lines = [*((name, middle, share) for name, share in shares.items()),
+             (f"same person (50 % at {half:.2f})", curve["edges"].numpy(), high * p)]
     picture, legend = Image.new("RGB", (2240, 1240), "white"), 2200
     pen = ImageDraw.Draw(picture)
 
     def at(x, y):
-        return np.interp(x, (0, edges[-1]), (140, 2200)), np.interp(y, (0, np.max(shares)), (1140, 150))
+        return np.interp(x, (0, edges[-1]), (140, 2080)), np.interp(y, (0, high), (1140, 150))
 
-    across, up = (np.arange(0, end, float(f"{end / 5:.0e}")) for end in (edges[-1], np.max(shares)))  # round numbers
-    for x, y, text, anchor in [*((x, 0, f"\n{x:.6g}", "ma") for x in across), *((0, y, f"{y:.6g} % ", "rm") for y in up)]:
-        pen.text(at(x, y), text, common.INK, font, anchor)
-    for name, line, colour in zip((*counts, f"same person < {distance:.2f}"), lines, common.COLOURS):
-        pen.line([at(x, y) for x, y in zip(*line)], colour, 8, joint="curve")
+    across, up = (np.arange(0, end, float(f"{end / 5:.0e}")) for end in (edges[-1], high))  # round numbers
+    for x, y, text, anchor, colour in [*((x, 0, f"\n{x:.6g}", "ma", common.INK) for x in across),
+                                       *((0, y, f"{y:.6g} % ", "rm", common.INK) for y in up),
+                                       *((edges[-1], high * k / 4, f" {25 * k} %", "lm", common.COLOURS[2]) for k in range(5))]:
+        pen.text(at(x, y), text, colour, font, anchor)
+    for (name, x, y), colour in zip(lines, common.COLOURS):
+        pen.line([at(*point) for point in zip(x, y)], colour, 8, joint="curve")
         pen.text((legend, 60), name, colour, font, "rm")
         legend -= pen.textlength(name, font) + 60
     pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
@@ -647,8 +659,7 @@ def evaluate(args, record, checkpoint):
           "buys is the precision of the returned lists, to the right with their recall and mean length.")
     if curve:
         found = distance_histograms(query, gallery, curve["edges"][-1].item())
-        show_same_person(same_person(curve), {"validation": (curve, None), "test": (found, None),
-                                              "promised for test": (curve, rates(found)[2])})
+        show_calibration("test set", curve, found, args.prior)
     if args.show:
         show(args.out.with_name("show.png"), query, gallery, test, real, args.show)
     common.say_seconds(seconds)
@@ -697,10 +708,7 @@ def export(args, record, checkpoint):
 def search(args, record, checkpoint):
     """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
     networks, seconds, curve = load(args, checkpoint), record["seconds"], checkpoint.get("distances")
-    precision, recall, share = rates(curve)
-    yes = same_person(curve)
-    no = max(yes, int((recall >= 0.95).int().argmax()))
-    near, far = (curve["edges"][k + 1].item() for k in (yes, no))
+    p, half, share = same_person(curve, args.prior) if curve else (None, None, None)
     with common.timed(seconds, "reading"):
         query, gallery = (common.read_user_images([path], args.size) for path in (args.search, args.gallery))
     with common.timed(seconds, "embedding"):
@@ -712,8 +720,8 @@ def search(args, record, checkpoint):
         nearest, described = found.topk(min(args.top, len(found)), largest=False), describe(asked, i)
         lines, cells = [], [(query.images[i], ["query", Path(query.names[i]).stem, *described], None)]
         for rank, (g, d) in enumerate(zip(nearest.indices.tolist(), nearest.values.tolist()), 1):
-            verdict = "yes" if d < near else "unsure" if d < far else "no"
-            colour, name = VERDICTS[verdict], gallery.names[g]
+            sure, name = np.interp(d, curve["edges"], p) if curve else 0, gallery.names[g]
+            verdict, colour = f"{100 * sure:.1f} %" if curve else "-", MATCH if sure >= 0.5 else common.GREY
             differ = [theirs for ours, theirs in zip(described, describe(crops, g)) if ours != theirs]
             alike = f"{len(described) - len(differ)} of {len(described)}" if described else "-"
             if d < torch.inf:
@@ -723,9 +731,9 @@ def search(args, record, checkpoint):
         common.table(f"Nearest to {query.names[i]} of {len(found)} images",
                      ["rank", "distance", "same person", "same attributes", "file"], lines)
         rows.append(cells[:11])
-    print(f"\nSame person: yes below {near:.3f}, no from {far:.3f} on. On validation, where {100 * share:.2f} % of all "
-          f"pairs match,\n{100 * precision[yes]:.1f} % of the pairs below {near:.3f} did, and they were "
-          f"{100 * recall[yes]:.1f} % of all that match; {100 * recall[no]:.1f} % are below {far:.3f}.")
+    print(f"\nSame person: if {100 * share:.3g} % of all pairs match, as {'--prior says' if args.prior else 'on validation'};"
+          f" then it is 50 % at a distance of {half:.3f}." if curve else f"\nSame person: how sure that is cannot be said, as "
+          f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
     common.sheet(args.out.with_name("search.png"), rows[:20])
     common.say_seconds(seconds)
 
@@ -797,6 +805,8 @@ def parser():
         "differ (what gives the highest validation mAP)")
     add("--threshold", type=threshold, default="mean", metavar="T", help="distance below which crops are returned: a "
         "number, or mean, of all pairs (mean, report section 4.2.1)")
+    add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among the pairs, for "
+        "the probability of the same person (that of the validation crops)")
     group = parser.add_argument_group("with --eval")
     add, only = group.add_argument, group.add_mutually_exclusive_group().add_argument
     only("--embed", type=Path, metavar="FILE", help="write the test set's embeddings to this .npz file")

@@ -643,29 +643,53 @@ def test_a_threshold_never_raises_map_and_returns_what_it_says():
     assert scores[mean]["length"] == pytest.approx(((brute < mean) & ~same).sum().item() / 60)
 
 
-def test_same_person_has_the_precision_and_recall_that_counting_gives():
+def test_distance_histograms_count_the_pairs():
     crops = crops_of_people(80, spread=0.5)
     curve, distances = reid.distance_histograms(crops), (crops.features[:, None] - crops.features).norm(dim=2)
     same = crops.ids[:, None] == crops.ids
-    match, f1 = same & (crops.cameras[:, None] != crops.cameras), []
+    match = same & (crops.cameras[:, None] != crops.cameras)
     assert curve["edges"][-1].item() == pytest.approx(distances.max().item(), rel=1e-5)
-    precision, recall, share = reid.rates(curve)
-    assert share == pytest.approx((match.sum() / (match | ~same).sum()).item())
-    for k, edge in enumerate(curve["edges"][1:]):
-        near = distances < edge
-        hits, wrong = (near & match).sum().item(), (near & ~same).sum().item()
-        if k % 50 == 0 and hits + wrong:
-            assert precision[k].item() == pytest.approx(hits / (hits + wrong), abs=0.005)  # a pair may lie on an edge
-            assert recall[k].item() == pytest.approx(hits / match.sum().item(), abs=0.005)
-        f1.append(2 * hits / (hits + wrong + match.sum().item()))
-    assert f1[reid.same_person(curve)] == pytest.approx(max(f1), abs=0.005)
-    # A share of p is what is left when of the other pairs just enough are drawn, or counted more than once.
-    rarer = {**curve, "others": 7 * curve["others"]}
-    assert torch.allclose(reid.rates(curve, reid.rates(rarer)[2])[0], reid.rates(rarer)[0])
+    for k in range(50, 1001, 50):  # a pair may lie on an edge
+        for name, pairs in (("matches", match), ("others", ~same)):
+            assert curve[name][:k].sum() == pytest.approx((distances < curve["edges"][k])[pairs].sum().item(), abs=4)
     nine = reid.Crops(crops.features[:9], crops.ids[:9], crops.cameras[:9], None)
     short = reid.distance_histograms(nine, crops, top=1.0)  # what lies beyond counts as the farthest
     assert short["others"].sum() == (~same[:9]).sum() and short["edges"][500] == 0.5
     assert short["others"][:500].sum() == (distances[:9] < 0.5)[~same[:9]].sum()
+
+
+def curve_of(matches, others):
+    matches, others = (torch.tensor(n, dtype=torch.float64) for n in (matches, others))
+    return {"edges": torch.linspace(0, 2, len(matches) + 1, dtype=torch.float64), "matches": matches, "others": others}
+
+
+def test_probability_of_the_same_person_is_the_share_that_falls_with_the_distance():
+    random = np.random.RandomState(0)
+    matches, others = (random.poisson(50 * np.exp(-((np.arange(40) - m) / 8) ** 2)) for m in (10, 25))
+    p, half, share = reid.same_person(curve_of(matches, others))
+    assert share == pytest.approx(matches.sum() / (matches.sum() + others.sum()))
+    # Isotonic regression by its minimax formula, and its log-odds drawn from one level's mean distance to the next.
+    m, n = matches + np.eye(40)[39], matches + others + np.eye(40)[0] + np.eye(40)[39]
+    fit = [min(max(m[a:b].sum() / n[a:b].sum() for b in range(k + 1, 41)) for a in range(k + 1)) for k in range(40)]
+    levels = [np.isclose(fit, level) for level in sorted(set(np.round(fit, 12)))[::-1]]
+    means = [(n * (np.arange(40) + 0.5) / 20)[level].sum() / n[level].sum() for level in levels]
+    values = [m[level].sum() / n[level].sum() for level in levels]
+    expected = np.interp(np.linspace(0, 2, 41), means, np.log(values) - np.log1p(np.negative(values)))
+    assert 5 < len(levels) < 40 and np.allclose(p, 1 / (1 + np.exp(-expected))) and np.interp(half, np.linspace(0, 2, 41), p) \
+        == pytest.approx(0.5, abs=0.01)
+    # Where other pairs are seven times as frequent, the odds of a match are a seventh.
+    q, nearer, _ = reid.same_person(curve_of(matches, others), prior := matches.sum() / (matches.sum() + 7 * others.sum()))
+    assert np.allclose(q / (1 - q), p / (1 - p) / 7) and nearer < half and reid.same_person(
+        curve_of(matches, others), prior)[2] == prior
+
+
+@pytest.mark.parametrize("matches, others", [
+    ([5, 0, 0], [0, 0, 9]), ([0, 0, 5], [9, 0, 0]), ([0, 0, 0], [0, 0, 0]), ([1, 0, 0], [0, 0, 0]), ([0, 0, 0], [0, 1e9, 0]),
+    ([0, 1, 0], [0, 1, 0])], ids=str)
+def test_probability_stays_within_0_and_1_and_falls_however_few_the_pairs(matches, others):
+    for prior in (None, 1e-12, 0.5, 1 - 1e-6):
+        p, half, share = reid.same_person(curve_of(matches, others), prior)
+        assert ((p > 0) & (p < 1)).all() and (np.diff(p) <= 1e-15).all() and 0 <= half <= 2 and 0 <= share <= 1
 
 
 def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
@@ -708,6 +732,10 @@ def test_both_stages_write_checkpoint_and_record_and_stage_2_figure_3(trained):
     assert across["both"]["length"] <= min(across[name]["length"] for name in ("threshold", "hamming"))
     figure_3 = Image.open(trained.reid.with_suffix(".png"))
     assert figure_3.size == (1120, 620) and figure_3.info["Software"] == common.SOFTWARE
+    _, half, share = reid.same_person(stage_2["distances"])
+    assert record_of(trained.reid)["final"]["same person"] == {"distance": half, "share of matches": share, "recall": (
+        pytest.approx((stage_2["distances"]["matches"][stage_2["distances"]["edges"][1:] <= half].sum() / stage_2[
+            "distances"]["matches"].sum()).item()))}
     assert {p.name for p in trained.folder.iterdir()} == {"reid.png"} | {
         f"{kind}.{end}" for kind in ("par", "reid") for end in ("pt", "last", "json")}
 
@@ -779,6 +807,18 @@ def test_stage_2_exports_and_scores_the_test_set_and_shows_it_from_best_to_worst
         "query_features", "gallery_features", "query_ids", "query_cameras", "gallery_ids", "gallery_cameras"))
     expected = brute_force(torch.cdist(q, g), *sides, None, True)["mAP"]
     assert table_of(out, ", test set, ")[0][:2] == ["none", f"{100 * expected:.2f}"]
+    # What is promised of each pair of the test set, and whether it matches, one by one.
+    for prior, out in ((None, out), (0.3, run(reid, "--eval", trained.reid, "--prior", 0.3)[0])):
+        p, steps = reid.same_person(curve := torch_load(trained.reid)["distances"], prior)[0], {}
+        for i, k in itertools.product(range(len(q)), (sides[2] >= 0).nonzero()[:, 0].tolist()):
+            if sides[0][i] != sides[2][k] or sides[1][i] != sides[3][k]:
+                promised = np.interp((q[i] - g[k]).norm().item(), curve["edges"], p)
+                steps.setdefault(min(9, int(10 * promised)), []).append((promised, bool(sides[0][i] == sides[2][k])))
+        for k, row in enumerate(table_of(out, "Probability of the same person", 10)):
+            found = steps.get(k, [])
+            assert row[:3] == [f"{10 * k}", "to", f"{10 * k + 10}"] and int(row[3]) == pytest.approx(len(found), abs=4)
+            if len(found) > 50:
+                assert [float(v) for v in row[4:]] == pytest.approx(list(100 * np.mean(found, 0)), abs=3)
     picture, tops = Image.open(tmp_path / "show.png").convert("RGB"), [8 + k * (256 + 18 * 2 + 24) for k in range(3)]
     assert picture.size == (11 * 166 + 8, tops[2] + 256 + 18 * 2 + 24)
     frames = [[{picture.getpixel((8 + k * 166 + x, y - 3)) for x in range(128)} for k in range(11)] for y in tops]
@@ -794,17 +834,17 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     images, networks = common.read_user_images([market / "query"], (64, 32)), reid.load(CPU, checkpoint)
     crops, names = reid.embed(networks, images), [Path(name).name for name in images.names]
     distances, curve = torch.cdist(crops.features, crops.features), checkpoint["distances"]
+    sure, _, share = reid.same_person(curve)
     alike = (crops.attributes[:, None] == crops.attributes).sum(2)
-    yes, recall = reid.same_person(curve), reid.rates(curve)[1]
-    near, far = curve["edges"][yes + 1], curve["edges"][max(yes, (recall < 0.95).sum().item()) + 1]
     for q, name in enumerate(names):
         for k, row in enumerate(table_of(out, f"Nearest to {folder / name}", 4), 1):
             g, d = names.index(Path(row[-1]).name), float(row[1])
-            assert d == pytest.approx(distances[q, g].item(), abs=0.002) and int(row[3]) == alike[q, g] and g != q
+            assert d == pytest.approx(distances[q, g].item(), abs=0.002) and int(row[4]) == alike[q, g] and g != q
             assert d == pytest.approx(distances[q].sort()[0][k].item(), abs=0.002)  # 0 is the query itself
-            assert row[0] == str(k) and row[2] == ("yes" if d < near else "unsure" if d < far else "no")
+            assert row[0] == str(k) and float(row[2]) == pytest.approx(100 * np.interp(d, curve["edges"], sure), abs=0.2)
+    assert f"if {100 * share:.3g} % of all pairs match, as on validation" in out
     out, err = run(reid, *arguments, 3, "--search", market / "query" / names[3])
-    assert table_of(out)[0][2:] == ["yes", "12", "of", "12", str(folder / names[3])]  # a copy of the query
+    assert table_of(out)[0][3:] == ["%", "12", "of", "12", str(folder / names[3])]  # a copy of the query
     assert f"Skipped: {folder / 'search.png'} is not a readable image (drawn by these scripts)" in err
     out, _ = run(reid, *arguments, 12, "--find", "gender=female", "upcolor=red")
     logits = common.infer(networks[1], images.images).split(SIZES, 1)
@@ -851,6 +891,8 @@ def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(mark
     assert "18 training and 0 validation crops, so that the last epoch is kept" in out and "  validation" not in out
     out, _ = run(reid, "--data", root, "--eval", tmp_path / "o.pt")
     assert "validation" not in out and "test set" in out and "at most 12 of 12" in out
+    out, _ = run(reid, "--eval", tmp_path / "o.pt", "--gallery", market / "query", "--search", crops_of(market)[0])
+    assert all(row[2] == "-" for row in table_of(out)) and "was trained on all identities, which leaves no crops" in out
 
 
 @pytest.mark.parametrize("recipe", ["report", "strong"])
@@ -1225,6 +1267,8 @@ ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine ha
 # A command: what is said of it. T: the folder of `trained`; N: another, with files that are no checkpoints.
 BROKEN_ARGUMENTS = f"""
 par --device {ABSENT}: finds no {ABSENT} device here: pass --device
+reid --eval T/reid.pt --prior 0: argument --prior: 0 is not a number from 1e-12 to 0.999999
+reid --eval T/reid.pt --prior 1: argument --prior: 1 is not a number from
 par --size 0x64: 0x64 is not HEIGHTxWIDTH, each from 32 to 1024
 par --lr=-1e-3: -1e-3 is not a number from 1e-12
 reid --threshold far: argument --threshold: invalid
