@@ -188,8 +188,8 @@ def read_image(path):
         raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
 
 
-def read_user_images(paths, size):
-    """Read the user's own images, and all in folders and below, but for hidden ones: -> Market of unknown people."""
+def user_files(paths):
+    """The user's own files, and all in folders and below, but for hidden ones: -> list of Path."""
     files = []
     for path in map(Path, paths):
         walk = [] if path.is_file() else os.walk(path, onerror=lambda error: print(
@@ -197,7 +197,12 @@ def read_user_images(paths, size):
         inside = sorted(Path(folder, name) for folder, _, found in walk for name in found)
         files += [path] if path.is_file() else [p for p in inside if p.is_file() and p.name.lower() not in IGNORED
                                                 and not any(part[0] == "." for part in p.relative_to(path).parts)]
-    crops, read = read_crops(files, size, skip=True)
+    return files
+
+
+def read_user_images(paths, size):
+    """Read the user's own images: -> Market of unknown people."""
+    crops, read = read_crops(user_files(paths), size, skip=True)
     if not read:
         raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
     unknown = torch.zeros(len(read), dtype=torch.int64)

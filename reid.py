@@ -4,16 +4,22 @@
     python reid.py --init par_best.pt                   train; the best epoch is reid_best.pt
     python reid.py                                      the same without transfer
     python reid.py --init par_best.pt --compare         both: table 1
-    python reid.py --eval reid_best.pt                  score: validation and official test
+    python reid.py --recipe strong                      what is known since the report
+    python reid.py --eval reid_best.pt                  score: validation and official test; also
+                                                        --rerank; --show N: ranked lists, a picture
     python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
-    python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER    your own crops
-    python reid.py --eval reid_best.pt --find upcolor=red hat=yes --gallery FOLDER    by words
+    python reid.py --eval reid_best.pt --embed F.npz --gallery FOLDER    an index of your own crops
+    python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER      who is it? FOLDER or
+    python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER      an index, F.npz
 
 [report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
 Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
 import copy
+import os
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -638,10 +644,10 @@ def load(args, checkpoint):
     return model, checkpoint["stage 1"] and par.load(args, checkpoint["stage 1"])
 
 
-def evaluate(args, record, checkpoint):
+def evaluate(args, networks, checkpoint, seconds):
     """Score a checkpoint: validation under both protocols, then the official test set, with the Hamming parameter tuned
     on validation."""
-    networks, curve, seconds = load(args, checkpoint), checkpoint.get("distances"), record["seconds"]
+    curve = checkpoint.get("distances")
     with common.timed(seconds, "loading"):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
     rows = par.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
@@ -662,7 +668,6 @@ def evaluate(args, record, checkpoint):
         show_calibration("test set", curve, found, args.prior)
     if args.show:
         show(args.out.with_name("show.png"), query, gallery, test, real, args.show)
-    common.say_seconds(seconds)
 
 
 def show(path, query, gallery, test, real, count):
@@ -686,67 +691,158 @@ def show(path, query, gallery, test, real, count):
     common.sheet(path, rows)
 
 
-def export(args, record, checkpoint):
+def export(args, networks, checkpoint, seconds):
     """Write the test set's embeddings to --embed as NumPy arrays."""
-    (model, _), arrays, seconds = load(args, checkpoint), {}, record["seconds"]
+    arrays = {}
     for name in ("query", "gallery"):
         with common.timed(seconds, "loading"):
             part = common.load_market(args.data, name, args.size, annotated=False)
         with common.timed(seconds, "embedding"):
-            features = embed((model, None), part).features.cpu()
+            features = embed((networks[0], None), part).features.cpu()
         values = features, part.person_ids, part.camera_ids, part.names
         arrays |= {f"{name}_{k}": np.asarray(v) for k, v in zip(("features", "ids", "cameras", "names"), values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
     print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings of "
           f"{arrays['query_features'].shape[1]} dimensions")
-    common.say_seconds(seconds)
 
 
 # ------------------------------------------------------------------------------------------------- the user's images
 
+BLOCK, SAVED = 2048, 8  # crops to read and embed at once, and after how many such blocks an index is saved
+INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row each crop; of an int64: bytes, nanoseconds
 
-def search(args, record, checkpoint):
+
+def embed_files(args, networks, checkpoint, path, seconds):
+    """Embed an image, or all in a folder, in blocks, so that memory is bounded: -> dict of the INDEX arrays.
+
+    log_p is [N, 0] without a stage-1 network. With --embed, these are an index, saved there; its names are relative to
+    its own folder if the images are in that. What it holds of an earlier time, or of a run that was cut off, is not
+    embedded anew, where name, size and time are still the same.
+    """
+    facts, base = {}, os.path.abspath(args.embed.parent) if args.embed else None
+    for file in common.user_files([path]):
+        name, stat = Path(os.path.abspath(file)) if base else file, file.stat()
+        name = name.relative_to(base) if base and name.is_relative_to(base) else name
+        facts[file] = name.as_posix() if base else str(file), stat.st_size, stat.st_mtime_ns
+    *keys, features, log_p = load_index(args.embed, checkpoint).values() if base and args.embed.exists() else [[]] * 5
+    known = dict(zip(zip(*map(list, keys)), zip(features, log_p)))
+    new, begin = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"], time.perf_counter()
+
+    def save():
+        rows = [(*fact, *known[fact]) for fact in facts.values() if fact in known]
+        if not rows:
+            raise UserError(f"No image could be read from {path}.")
+        index = dict(zip(INDEX, map(np.array, zip(*rows))))
+        if base:
+            arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
+            common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
+        return index
+
+    for done in range(0, len(new), BLOCK):
+        speed = done / (time.perf_counter() - begin)
+        left = round((len(new) - done) / speed) if done else 0
+        common.progress(f"embedded {done} of {len(new)}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left" * (done > 0))
+        with common.timed(seconds, "reading"):
+            images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
+        with common.timed(seconds, "embedding"):
+            if read:
+                unknown = torch.zeros(len(read), dtype=torch.int64)
+                crops = embed(networks, common.Market(images, unknown, unknown, unknown, read))
+                log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
+                known.update(zip((facts[file] for file in read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
+        if base and done // BLOCK % SAVED == SAVED - 1:
+            save()
+    common.progress("")
+    return save()
+
+
+def load_index(path, checkpoint):
+    """Read what --embed wrote of a --gallery: dict of the INDEX arrays; UserError if it is of another checkpoint."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            index, origin = {k: file[f"gallery_{k}"] for k in INDEX}, file["checkpoint"].tolist()
+    except Exception as error:  # NumPy and zip raise a dozen types on a damaged file, and on another's
+        raise UserError(f"{path} is not a readable index ({type(error).__name__}): --embed with --gallery FOLDER writes "
+                        "one, to a new name.") from None
+    if origin != fingerprint(checkpoint):
+        raise UserError(f"{path} is an index of another checkpoint's embeddings: write one of this, to a new name.")
+    return index
+
+
+def fingerprint(checkpoint):
+    """What tells a checkpoint from others: the name of its run, and its epoch."""
+    return [checkpoint["record"]["run"], str(checkpoint["record"]["best epoch"])]
+
+
+def write_index(args, networks, checkpoint, seconds):
+    """Embed the images in --gallery to --embed, an index for --search and --find."""
+    features = embed_files(args, networks, checkpoint, args.gallery, seconds)["features"]
+    print(f"{args.embed}: {len(features)} gallery embeddings of {features.shape[1]} dimensions")
+
+
+def read_user_crops(args, networks, checkpoint, path, seconds):
+    """Embed an image or those in a folder, or read an index: -> (row -> path, Crops on the CPU)."""
+    index, folder = None, path.parent if path.suffix == ".npz" else Path()
+    if path.suffix == ".npz":
+        with common.timed(seconds, "reading"):
+            index = load_index(path, checkpoint)
+    index = index or embed_files(args, networks, checkpoint, path, seconds)
+    features, log_p = (torch.from_numpy(index[k]) for k in ("features", "log_p"))
+    unknown = torch.zeros(len(features), dtype=torch.int64)
+    return lambda row: folder / index["names"][row], Crops(features, unknown, unknown, log_p if log_p.numel() else None)
+
+
+def draw_hits(path, rows, size):
+    """As `common.sheet`, of cells (file, lines, colour): only now the crops are read. What has gone is named, and left
+    out."""
+    files = dict.fromkeys(file for row in rows for file, _, _ in row)
+    for file in files:
+        if not file.exists():
+            print(f"Left out of the picture: {file} has gone.", file=sys.stderr)
+    images, read = common.read_crops([file for file in files if file.exists()], size, skip=True)
+    crops = dict(zip(read, images))
+    rows = [[(crops[file], *rest) for file, *rest in row if file in crops] for row in rows]
+    if any(rows):
+        common.sheet(path, [row for row in rows if row])
+
+
+def search(args, networks, checkpoint, seconds):
     """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
-    networks, seconds, curve = load(args, checkpoint), record["seconds"], checkpoint.get("distances")
+    (query_path, asked), (path, crops) = (read_user_crops(args, networks, checkpoint, folder, seconds)
+                                          for folder in (args.search, args.gallery))
+    curve, rows = checkpoint.get("distances"), []
     p, half, share = same_person(curve, args.prior) if curve else (None, None, None)
-    with common.timed(seconds, "reading"):
-        query, gallery = (common.read_user_images([path], args.size) for path in (args.search, args.gallery))
-    with common.timed(seconds, "embedding"):
-        asked, crops = (embed(networks, market) for market in (query, gallery))
-    index, rows = {Path(name).resolve(): g for g, name in enumerate(gallery.names)}, []
-    for i, found in enumerate(row for _, distances in distance_chunks(asked, crops) for row in distances):
-        if (itself := index.get(Path(query.names[i]).resolve())) is not None:
-            found[itself] = torch.inf
-        nearest, described = found.topk(min(args.top, len(found)), largest=False), describe(asked, i)
-        lines, cells = [], [(query.images[i], ["query", Path(query.names[i]).stem, *described], None)]
-        for rank, (g, d) in enumerate(zip(nearest.indices.tolist(), nearest.values.tolist()), 1):
-            sure, name = np.interp(d, curve["edges"], p) if curve else 0, gallery.names[g]
-            verdict, colour = f"{100 * sure:.1f} %" if curve else "-", MATCH if sure >= 0.5 else common.GREY
+    for i, distances in enumerate(row for _, chunk in distance_chunks(asked, crops) for row in chunk):
+        query, described, lines = query_path(i), describe(asked, i), []
+        rows.append([(query, ["query", query.stem, *described], None)])
+        nearest = distances.topk(min(args.top + 1, len(distances)), largest=False)  # one more, as it may be the query
+        hits = [(path(g), g, d) for g, d in zip(nearest.indices.tolist(), nearest.values.tolist())]
+        hits = [hit for hit in hits if hit[0].resolve() != query.resolve()][:args.top]
+        for rank, (file, g, d) in enumerate(hits, 1):
+            sure = np.interp(d, curve["edges"], p) if curve else 0
+            told, colour = f"{100 * sure:.1f} %" if curve else "-", MATCH if sure >= 0.5 else common.GREY
             differ = [theirs for ours, theirs in zip(described, describe(crops, g)) if ours != theirs]
             alike = f"{len(described) - len(differ)} of {len(described)}" if described else "-"
-            if d < torch.inf:
-                lines.append([str(rank), f"{d:.3f}", verdict, alike, name])
-                cells.append((gallery.images[g], [(f"{rank}: {d:.2f}, {verdict}", colour), Path(name).stem,
-                                                  f"shares {alike}", *((text, OTHER) for text in differ)], colour))
-        common.table(f"Nearest to {query.names[i]} of {len(found)} images",
+            lines.append([str(rank), f"{d:.3f}", told, alike, str(file)])
+            rows[-1].append((file, [(f"{rank}: {d:.2f}, {told}", colour), file.stem, f"shares {alike}",
+                                    *((text, OTHER) for text in differ)], colour))
+        common.table(f"Nearest to {query} of {len(distances)} images",
                      ["rank", "distance", "same person", "same attributes", "file"], lines)
-        rows.append(cells[:11])
-    print(f"\nSame person: if {100 * share:.3g} % of all pairs match, as {'--prior says' if args.prior else 'on validation'};"
-          f" then it is 50 % at a distance of {half:.3f}." if curve else f"\nSame person: how sure that is cannot be said, as "
+    print(f"\nSame person: if {100 * share:.3g} % of all pairs match, as {'--prior says' if args.prior else 'on validation'}; "
+          f"then it is 50 % at a distance of {half:.3f}." if curve else f"\nSame person: how sure that is cannot be said, as "
           f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
-    common.sheet(args.out.with_name("search.png"), rows[:20])
-    common.say_seconds(seconds)
+    draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
 
 
 def describe(crops, i):
     """The predicted classes of one of `Crops`, as "hat yes"; nothing without a stage-1 network."""
     return [] if crops.log_p is None else [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(
-        ATTRIBUTES.items(), crops.attributes[i].tolist())]
+        ATTRIBUTES.items(), par.most_probable(crops.log_p[i:i + 1])[0][0].tolist())]
 
 
-def find(args, record, checkpoint):
+def find(args, networks, checkpoint, seconds):
     """List the crops in --gallery by the probability of the classes that --find names, and draw them, find.png."""
-    words, asked, seconds = [(a, name) for a, classes in ATTRIBUTES.items() for name in classes], {}, record["seconds"]
+    words, asked, lines, cells = [(a, name) for a, classes in ATTRIBUTES.items() for name in classes], {}, [], []
     for word in args.find:
         attribute, _, name = word.lower().partition("=")
         if attribute not in ATTRIBUTES:
@@ -754,26 +850,20 @@ def find(args, record, checkpoint):
         if (attribute, name) not in words or attribute in asked:
             raise UserError(f"--find {word}: name one class of {attribute}: {', '.join(ATTRIBUTES[attribute])}.")
         asked[attribute] = name
-    networks = load(args, checkpoint)
     if networks[1] is None:
         raise UserError(f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe strong.")
-    with common.timed(seconds, "reading"):
-        gallery = common.read_user_images([args.gallery], args.size)
-    with common.timed(seconds, "predicting"):
-        log_p = embed(networks, gallery).log_p[:, [words.index(pair) for pair in asked.items()]]
+    path, crops = read_user_crops(args, networks, checkpoint, args.gallery, seconds)
+    log_p = crops.log_p[:, [words.index(pair) for pair in asked.items()]]
     best = log_p.sum(1).topk(min(args.top, len(log_p)))
-    lines, cells = [], []
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
-        each = dict(zip(asked.items(), log_p[g].exp().tolist()))
-        lines.append([str(rank), f"{value:.3g}", f"{sum(p > 0.5 for p in each.values())} of {len(each)}",
-                      gallery.names[g]])
-        cells.append((gallery.images[g], [f"{rank}: {value:.3g}", Path(gallery.names[g]).stem, *(
+        file, each = path(g), dict(zip(asked.items(), log_p[g].exp().tolist()))
+        lines.append([str(rank), f"{value:.3g}", f"{sum(p > 0.5 for p in each.values())} of {len(each)}", str(file)])
+        cells.append((file, [f"{rank}: {value:.3g}", file.stem, *(
             (f"{attribute} {name} {p:.2f}", common.INK if p > 0.5 else OTHER)
             for (attribute, name), p in each.items())], None))
     common.table(f"{', '.join(map(' '.join, asked.items()))}, among {len(log_p)} images",
                  ["rank", "probability", "probable", "file"], lines)
-    common.sheet(args.out.with_name("find.png"), [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)])
-    common.say_seconds(seconds)
+    draw_hits(args.out.with_name("find.png"), [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)], args.size)
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -809,11 +899,13 @@ def parser():
         "the probability of the same person (that of the validation crops)")
     group = parser.add_argument_group("with --eval")
     add, only = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    only("--embed", type=Path, metavar="FILE", help="write the test set's embeddings to this .npz file")
+    only("--embed", type=Path, metavar="FILE", help="write embeddings to this .npz file: of the test set "
+        "or, with --gallery, an index of your own images, which goes on where it was cut off and can be moved with a "
+        "folder that is beside it")
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N of the test set's ranked lists, show.png")
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
-    add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in")
+    add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in, or to --embed; or their index")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
@@ -825,8 +917,8 @@ def main(args):
     for flag in ("embed", "show", "search", "find", "gallery"):
         if getattr(args, flag) is not None and not args.eval:
             raise UserError(f"--{flag} needs --eval FILE, the checkpoint to do it with.")
-    if bool(args.search or args.find) != bool(args.gallery):
-        raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search.")
+    if (args.search or args.find) and not args.gallery or args.gallery and not (args.search or args.find or args.embed):
+        raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search, and so does --embed.")
     if args.compare and args.identities == "all":
         raise UserError("--compare compares on validation identities, and --identities all leaves none.")
     if args.init and args.init.resolve() == args.out.resolve():
@@ -841,8 +933,10 @@ def main(args):
     elif picture or not args.eval:
         common.check_output(args.out.with_name(picture) if picture else args.out, ".png" if picture else ".pt")
     if args.eval:
-        command = search if args.search else find if args.find else export if args.embed else evaluate
-        return command(args, record, checkpoint)
+        command = search if args.search else find if args.find else evaluate if not args.embed else \
+            write_index if args.gallery else export
+        command(args, load(args, checkpoint), checkpoint, record["seconds"])
+        return common.say_seconds(record["seconds"])
 
     with common.timed(record["seconds"], "loading"):
         market = par.load_train(args, "attributes" in args.rungs)

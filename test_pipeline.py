@@ -855,6 +855,68 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     assert Image.open(folder / "find.png").size == (5 * 166 + 8, 3 * (256 + 4 * 18 + 24) + 8)
 
 
+def test_an_index_is_written_once_goes_on_and_answers_as_its_folder_does(trained, market, tmp_path, run, monkeypatch):
+    home, counts, embed = tmp_path / "home", [], reid.embed
+    folder, index = shutil.copytree(market / "query", home / "mine"), home / "i.npz"
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "text.jpg").write_text("no image")
+    monkeypatch.setattr(reid, "BLOCK", 4)
+    monkeypatch.setattr(reid, "SAVED", 2)
+    monkeypatch.setattr(reid, "embed", lambda *values: counts.append(len(values[1].names)) or embed(*values))
+
+    def write(error=None, **named):
+        counts.clear()
+        return run(reid, "--eval", trained.reid, "--embed", index, "--gallery", folder, error=error, **named)
+
+    def answers(gallery):
+        outs = [run(reid, "--eval", trained.reid, "--gallery", gallery, *command) for command in (
+            ("--search", folder / names[0], "--top", 5), ("--find", "hat=no", "upcolor=red", "--top", 50))]
+        return [table_of(out, title, 20) for (out, _), title in zip(outs, ("Nearest to", "hat no"))], outs[0][1]
+    with monkeypatch.context() as patch:  # cut off in the fourth block, after two were saved
+        before_call(patch, common, "infer", 7)  # of two networks
+        write(code=130, error="stopped.")
+    assert counts == [4] * 4 and len(np.load(index)["gallery_names"]) == 8
+    out, err = write()
+    assert sum(counts) == 12 and f"{index}: 20 gallery embeddings of 120 dimensions" in out and "Skipped: " in err
+    assert np.load(index)["gallery_names"].tolist() == [f"mine/{name}" for name in names]
+    expected, _ = answers(folder)
+    assert [len(table) for table in expected] == [5, 20] and answers(index)[0] == expected
+    arrays = {k: v.tolist() for k, v in np.load(index).items()}
+    (folder / names[3]).unlink()
+    shutil.copy(folder / names[5], folder / names[4])
+    shutil.copy(folder / names[6], folder / "new.jpg")
+    tables, err = answers(index)  # as it was: but what has gone cannot be drawn
+    assert tables == expected and err.count(f"{folder / names[3]} has gone") == (names[3] in str(tables[0]))
+    write()
+    assert sum(counts) == 2 and np.load(index)["gallery_names"].tolist() == [
+        f"mine/{name}" for name in sorted({*names, "new.jpg"} - {names[3]})]
+    after = np.load(index)["gallery_features"]
+    assert np.array_equal(after[:3], np.float32(arrays["gallery_features"][:3])) and np.allclose(after[3], after[4], atol=1e-4)
+    expected, _ = answers(folder)
+    moved = shutil.move(home, tmp_path / "moved")  # folder and index together
+    folder, elsewhere = moved / "mine", shutil.copy(moved / "i.npz", tmp_path / "j.npz")
+    assert str(answers(moved / "i.npz")[0]).replace("moved", "home") == str(expected)
+    assert "has gone" in answers(elsewhere)[1]  # beside another folder
+    index = elsewhere
+    write()
+    assert np.load(index)["gallery_names"][0] == f"moved/mine/{names[0]}" and counts == [4] * 5
+    for path, sentence in ((tmp_path / "cut.npz", "is not a readable index (BadZipFile)"),
+                           (tmp_path / "test.npz", "is not a readable index (KeyError)"),
+                           (tmp_path / "none.npz", "is not a readable index (FileNotFoundError)"),
+                           (tmp_path / "npy.npz", "is not a readable index (")):
+        if "cut" in path.name:
+            path.write_bytes(index.read_bytes()[:-99])
+        elif "test" in path.name:
+            run(reid, "--eval", trained.reid, "--embed", path)
+        elif "npy" in path.name:
+            path.write_bytes(b"\x80\x02cbuiltins\nprint\n.")
+        run(reid, "--eval", trained.reid, "--find", "hat=no", "--gallery", path, error=sentence)
+    saved = torch_load(trained.reid)
+    common.save_checkpoint(tmp_path / "other.pt", saved | {"record": saved["record"] | {"run": "another"}})
+    for command in (("--find", "hat=no", "--gallery", index), ("--embed", index, "--gallery", folder)):
+        run(reid, "--eval", tmp_path / "other.pt", *command, error="is an index of another checkpoint's embeddings: write")
+
+
 def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(market, tmp_path, run):
     strong = [*QUICK, "--recipe", "strong"]
     run(par, *strong, "--head", "conv")
@@ -1208,7 +1270,7 @@ def test_both_stages_on_an_accelerator_with_graph_and_plain_steps(device, tmp_pa
 
 def test_help_and_tables_can_be_read(capsys, run):
     for lines in (run(module, "--help")[0].splitlines() for module in (par, reid)):
-        assert 40 < len(lines) < 80 and max(map(len, lines)) <= 100
+        assert 40 < len(lines) < 88 and max(map(len, lines)) <= 100
     common.table("Title", ["", "figure", "word"], [["a\nb", "1e-05", "no"], ["c", 2.5, "yes"], ["d", math.nan, "no"]])
     assert capsys.readouterr().out == "\nTitle\n     figure  word\na b   1e-05  no\nc      2.50  yes\nd         -  no\n"
 
