@@ -5,8 +5,7 @@
     python reid.py                                      the same without transfer
     python reid.py --init par_best.pt --compare         both: table 1
     python reid.py --recipe strong                      what is known since the report
-    python reid.py --eval reid_best.pt                  score: validation and official test; also
-                                                        --rerank; --show N: ranked lists, a picture
+    python reid.py --eval reid_best.pt                  score, --rerank; --show N: as a picture
     python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
     python reid.py --eval reid_best.pt --embed F.npz --gallery FOLDER    an index of your own crops
     python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER      who is it? FOLDER or
@@ -19,7 +18,6 @@ import argparse
 import copy
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +71,11 @@ def cluster_histograms(images, clusters, seed=0):
         pick = torch.searchsorted(mass, (draw * mass[-1]).view(1)).clamp(max=len(points) - 1)
         centres = torch.cat([centres, points[pick]])
         nearest = torch.minimum(nearest, (2 - 2 * (points @ points[pick][0])).clamp(min=0))
-    assigned = None
+    assigned = torch.full_like(nearest, -1).long()
     for _ in range(50):  # Lloyd's iterations; points have length 1, so the nearest centre needs no |x|^2
-        closest = (points @ centres.T - centres.square().sum(1) / 2).argmax(1)
-        if assigned is not None and torch.equal(closest, assigned):
+        before, assigned = assigned, (points @ centres.T - centres.square().sum(1) / 2).argmax(1)
+        if torch.equal(assigned, before):
             break
-        assigned = closest
         counts = torch.bincount(assigned, minlength=len(centres))[:, None]
         sums = torch.zeros_like(centres).index_add_(0, assigned, points)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
@@ -95,29 +92,26 @@ def sample_triplets(person_ids, clusters, generator=None):
     ids, clusters, n = person_ids.cpu().unique(return_inverse=True)[1], clusters.cpu(), len(person_ids)
     draw = torch.rand(2, n, generator=generator, dtype=torch.float64)
 
+    def blocks(keys):  # where, in the order that sorts them, each one's block of equal keys begins, and its length
+        length = keys.bincount()
+        return (length.cumsum(0) - length)[keys], length[keys]
+
     # Images of one identity stand together in `by_id`, from `first`: step on within that block to another image.
-    by_id, size = ids.argsort(stable=True), ids.bincount()
-    first, position = (size.cumsum(0) - size)[ids], by_id.argsort()
-    others = size[ids] - 1
-    if n == 0 or size.max() < 2 or len(size) < 2:
+    by_id, (first, size) = ids.argsort(stable=True), blocks(ids)
+    others = size - 1
+    if n == 0 or size.max() < 2 or ids.max() == 0:
         raise UserError("No triplet can be formed: that takes two identities, one of them with two crops or more.")
     step = 1 + (draw[0] * others).long().clamp(max=(others - 1).clamp(min=0))
-    positive = by_id[first + (position - first + step) % (others + 1)]
+    positive = by_id[first + (by_id.argsort() - first + step) % size]
 
-    # In `by_group`, sorted by cluster and then identity, what must not be drawn is again one block: jump over it.
-    group = clusters * len(size) + ids
-    by_group, group_size = group.argsort(stable=True), group.bincount()
-    group_first = (group_size.cumsum(0) - group_size)[group]
-    cluster_size = clusters.bincount()
-    cluster_first = (cluster_size.cumsum(0) - cluster_size)[clusters]
-
-    def outside(order, start, length, block_start, block_length):
-        room = length - block_length
+    def outside(clusters):  # sorted by cluster and then identity, what must not be drawn is again a block: jump over it
+        group = clusters * (ids.max() + 1) + ids
+        order, (own, own_size), (start, length) = group.argsort(stable=True), blocks(group), blocks(clusters)
+        room = length - own_size
         at = start + (draw[1] * room).long().clamp(max=(room - 1).clamp(min=0))
-        return order[(at + block_length * (at >= block_start)).clamp(max=n - 1)], room > 0
+        return order[(at + own_size * (at >= own)).clamp(max=n - 1)], room > 0
 
-    near, exists = outside(by_group, cluster_first, cluster_size[clusters], group_first, group_size[group])
-    far, _ = outside(by_id, torch.zeros_like(ids), torch.full_like(ids, n), first, size[ids])
+    (near, exists), (far, _) = outside(clusters), outside(torch.zeros_like(ids))
     triplets = torch.stack([torch.arange(n), positive, torch.where(exists, near, far)], 1)[others > 0]
     return triplets[torch.randperm(len(triplets), generator=generator)]
 
@@ -172,7 +166,7 @@ def hard_triplet_loss(features, ids):
     return F.softplus(farthest - nearest).mean()
 
 
-# -------------------------------------------------------------------------------------------------------- the ranking
+# -------------------------------------------------------------------------------------- the ranking, and how sure it is
 
 
 @dataclass
@@ -180,14 +174,15 @@ class Crops:
     """What ranking needs of N crops."""
 
     features: torch.Tensor  # float32 [N, D]
-    ids: torch.Tensor  # int64 [N]
-    cameras: torch.Tensor  # int64 [N]
-    log_p: torch.Tensor | None  # float32 [N, 41], log-probabilities of the classes of all attributes, if predicted
+    ids: torch.Tensor | None = None  # int64 [N]
+    cameras: torch.Tensor | None = None  # int64 [N]
+    log_p: torch.Tensor | None = None  # float32 [N, 41], log-probabilities of all classes, if predicted
 
     @property
     def attributes(self):
-        """Most probable classes, int64 [N, 12], or None."""
-        return None if self.log_p is None else par.most_probable(self.log_p)[0]
+        """The most probable class of each attribute as a 1 in float32 [N, 41], so that a product counts those alike."""
+        classes = [] if self.log_p is None else zip(par.most_probable(self.log_p)[0].T, SIZES)
+        return torch.cat([F.one_hot(column, n) for column, n in classes], 1).float() if classes else None
 
 
 METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "precision", "recall", "length", "matches")
@@ -205,23 +200,16 @@ def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     before each, as Market-1501's MATLAB code does; rank1, rank5, rank10: queries with a match that early; mINP
     (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall.
     """
-    rows, scores = chunk_rows(distances.shape[1]), new_scores(len(distances), distances.device)
-    for i in range(0, len(distances), rows):
-        scores[:, i:i + rows] = rank_queries(
-            distances[i:i + rows], query_ids[i:i + rows], query_cameras[i:i + rows], gallery_ids, gallery_cameras,
-            None if keep is None else keep[i:i + rows], cross_camera)
-    return mean_metrics(scores)
+    query, gallery = Crops(distances, query_ids, query_cameras), Crops(distances.T, gallery_ids, gallery_cameras)
+    chunks = ((rows, distances[rows]) for rows in chunk_rows(*distances.shape))
+    selection = {"given": lambda rows, *_: None if keep is None else keep[rows]}
+    return score_selections(query, gallery, selection, cross_camera, chunks)["given"]
 
 
-def new_scores(queries, device):
-    """Room for what `rank_queries` finds. In one place from the start: small tensors kept from each chunk would lie
-    between the large ones that come and go, and memory would grow from chunk to chunk."""
-    return torch.zeros(len(METRICS), queries, dtype=torch.float64, device=device)
-
-
-def chunk_rows(columns):
-    """How many queries to rank at once against `columns` gallery crops: about 50 MB of memory."""
-    return max(1, 2**22 // max(1, columns))
+def chunk_rows(queries, columns):
+    """Which queries to rank at once against `columns` gallery crops: slices, each for about 50 MB of memory."""
+    count = max(1, 2**22 // max(1, columns))
+    return [slice(i, i + count) for i in range(0, queries, count)]
 
 
 def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_cameras, keep, cross_camera):
@@ -249,9 +237,10 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     nearer = torch.searchsorted(ordered, values)
     tied = (torch.searchsorted(ordered, values, right=True) - nearer)[rows, slot] > 1
     index = torch.arange(ranked.shape[1], device=rows.device)
-    for t in tied.nonzero()[:, 0].split(chunk_rows(ranked.shape[1])):
-        r, c = rows[t], columns[t]
-        nearer[r, slot[t]] += ((ranked[r] == ranked[r, c][:, None]) & (index < c[:, None])).sum(1)
+    rows, slot, columns = rows[tied], slot[tied], columns[tied]
+    for part in chunk_rows(len(rows), ranked.shape[1]):
+        r, c = rows[part], columns[part]
+        nearer[r, slot[part]] += ((ranked[r] == ranked[r, c][:, None]) & (index < c[:, None])).sum(1)
 
     exists = torch.arange(values.shape[1], device=rows.device) < found[:, None]
     rank = torch.where(exists, nearer + 1, torch.iinfo(torch.int64).max).sort(1)[0].double()  # [C, M], nearest first
@@ -271,14 +260,9 @@ def sort_rows(values):
     of indices: a match's rank is then where its distance stands in its row."""
     if values.device.type != "cpu":
         return values.sort(1)[0]
-    ordered, count = torch.empty_like(values), -(-len(values) // torch.get_num_threads())
-
-    def sort(start):
-        part = ordered[start:start + count].numpy()
-        part[:] = values[start:start + count].numpy()
-        part.sort(1)
+    ordered = values.clone()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(sort, range(0, len(values), count)))
+        list(pool.map(lambda rows: rows.sort(1), np.array_split(ordered.numpy(), torch.get_num_threads())))
     return ordered
 
 
@@ -296,14 +280,14 @@ def distance_chunks(query, gallery=None):
     Here and below, gallery None stands for each query against all the others; its distance to itself is +inf.
     """
     others, gallery = gallery is None, gallery or query
-    rows, squares = chunk_rows(len(gallery.ids)), gallery.features.square().sum(1)
-    for i in range(0, len(query.ids), rows):
-        part = query.features[i:i + rows]
+    squares = torch.cat([part.square().sum(1) for part in gallery.features.split(2**16)])  # of a million, at once: 2 GB
+    for rows in chunk_rows(len(query.features), len(squares)):
+        part = query.features[rows]
         distances = torch.addmm(squares, part, gallery.features.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
         distances.clamp_(min=0).sqrt_()  # torch.cdist would copy the gallery for each chunk
         if others:
-            distances.diagonal(i).fill_(torch.inf)
-        yield slice(i, i + rows), distances
+            distances.diagonal(rows.start).fill_(torch.inf)
+        yield rows, distances
 
 
 def mean_distance(query, gallery=None):
@@ -314,7 +298,7 @@ def mean_distance(query, gallery=None):
 
 
 def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_value=0.3):
-    """k-reciprocal re-ranking (Zhong et al. 2017): float32 [Q, D], [G, D] -> yields (slice of queries, distances [C, G]).
+    """k-reciprocal re-ranking (Zhong et al. 2017): float32 [Q, D], [G, D] -> yields (slice of queries, [C, G]).
 
     A crop's set: those of its k1 nearest that have it among theirs, and the like sets, of half the size, of those of
     which more than two thirds are in it; each with a weight that falls with the squared distance. The sets of the k2
@@ -336,7 +320,7 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
         return torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in everyone.split(512)])
 
     near, largest = torch.zeros(n, k1, dtype=torch.int64, device=features.device), torch.zeros_like(squares)
-    for i in everyone.split(chunk_rows(n)):
+    for i in map(everyone.__getitem__, chunk_rows(n, n)):
         distances = squared_distances(i)
         near[i], largest[i] = distances.topk(k1, largest=False).indices, distances.amax(1)
     whole, halves, sets = mutual(k1), mutual(half), []
@@ -371,50 +355,28 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
         distances.add_(1 - (shared / (2 - shared)).view(len(i), n), alpha=1 - lambda_value)
         if gallery_features is None:
             distances.diagonal(int(i[0])).fill_(torch.inf)
-        yield slice(int(i[0]), int(i[-1]) + 1), distances if gallery_features is None else distances[:, len(query_features):]
+        yield slice(int(i[0]), int(i[-1]) + 1), distances[:, 0 if gallery_features is None else len(query_features):]
 
 
-def score_queries(query, gallery, selections, cross_camera, chunks=None):
-    """Rank under several selections, in one pass over the distances: dict of name -> as `rank_queries`.
+def score_selections(query, gallery, selections, cross_camera, chunks=None, summary=mean_metrics):
+    """Rank under several selections, in one pass over the distances: dict of name -> `summary` of [metrics, Q].
 
-    selections: dict of name -> the distance below which a crop is returned, and how many of its predicted attributes may
-    differ from the query's. chunks: of other distances, as `distance_chunks` yields them.
+    selections: dict of name -> a function of a slice of queries, their distances [C, G] and how many of the predicted
+    attributes differ, [C, G] or None, to what is returned, bool [C, G], or None: all. chunks: of other distances, as
+    `distance_chunks` yields them.
     """
-    scores, shown = {name: new_scores(len(query.ids), query.ids.device) for name in selections}, gallery or query
-    hot = None if shown.log_p is None else (one_hot(query.attributes), one_hot(shown.attributes))
+    shown = gallery or query  # below, room in one place: small tensors between the chunks' large ones would add up
+    scores = {k: query.ids.new_zeros(len(METRICS), len(query.ids), dtype=torch.float64) for k in selections}
+    ours, theirs = query.attributes, shown.attributes
     for rows, distances in chunks or distance_chunks(query, gallery):
-        differ = hot and len(ATTRIBUTES) - hot[0][rows] @ hot[1].T
-        for name, (below, most) in selections.items():
-            keep = None if below == torch.inf else distances < below
-            if most < len(ATTRIBUTES):
-                keep = differ <= most if keep is None else keep & (differ <= most)
+        differ = None if ours is None else len(ATTRIBUTES) - ours[rows] @ theirs.T
+        for name, select in selections.items():
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], shown.ids,
-                                                 shown.cameras, keep, cross_camera)
-    return scores
+                                                 shown.cameras, select(rows, distances, differ), cross_camera)
+    return {name: summary(found) for name, found in scores.items()}
 
 
-def score_selections(query, gallery, selections, cross_camera, chunks=None):
-    """Metrics under several selections: dict of name -> as `rank_metrics`; arguments as of `score_queries`."""
-    scores = score_queries(query, gallery, selections, cross_camera, chunks)
-    return {name: mean_metrics(found) for name, found in scores.items()}
-
-
-EVERY = {"none": (torch.inf, len(ATTRIBUTES))}  # no selection: all are returned
-
-
-def one_hot(attributes):
-    """Classes int64 [N, 12] -> float32 [N, 41]; a product of two such matrices counts the attributes that agree."""
-    return torch.cat([F.one_hot(column, n) for column, n in zip(attributes.T, SIZES)], 1).float()
-
-
-def tune_hamming(query, gallery=None):
-    """The Hamming parameter, 0 to 12, with the highest mAP across cameras (12 returns all); ties go to the smallest."""
-    tries = {k: (torch.inf, k) for k in range(len(ATTRIBUTES) + 1)}
-    scores = score_selections(query, gallery, tries, cross_camera=True)
-    return max(scores, key=lambda k: scores[k]["mAP"])
-
-
-# ------------------------------------------------------------------------------------ how sure "same person" is
+EVERY = {"none": lambda *_: None}  # no selection: all are returned
 
 
 def distance_histograms(query, gallery=None, top=None, bins=1000):
@@ -436,9 +398,9 @@ def same_person(curve, prior=None):
     they are for: (float64 array [bins + 1], float, float). Another share, `prior`, shifts the log-odds.
 
     curve: as from `distance_histograms`. The odds of its bins must fall with the distance: bins where they do not are
-    joined (pool adjacent violators, Ayer et al. 1955), and the log-odds interpolated between the means of what is joined.
-    A pair of each kind more, where it is least expected, keeps all finite. Of two halves of Market-1501's test identities,
-    one tells of the other a little more so (log loss) than by a logistic curve.
+    joined (pool adjacent violators, Ayer et al. 1955), and the log-odds interpolated between the means of those. A pair
+    of each kind more, where it is least expected, keeps all finite. Fitted on half of Market-1501's test identities, it
+    had a lower log loss on the others than a logistic curve.
     """
     counts, edges, joined = np.stack([curve["matches"], curve["others"]]), curve["edges"].numpy(), []
     odds = np.divide(*counts.sum(1).clip(min=1))
@@ -471,7 +433,7 @@ def show_calibration(title, curve, found, prior):
 
 
 def embed(networks, market, rows=slice(None)):
-    """Embed crops of a `Market` with the first network, and predict their attributes with the second, if any: -> Crops."""
+    """Embed crops of a `Market` with the first network and predict their attributes with the second, if any: Crops."""
     (model, predictor), images = networks, market.images[rows]
     output = common.infer(model, images)
     features = output[:, sum(SIZES):] if isinstance(model, par.AttributeNet) else output
@@ -488,14 +450,8 @@ def report_recipe(args, market, rows, state):
     if args.negatives == "cluster":
         clusters = cluster_histograms(market.images[rows], args.clusters, args.seed)
     torch.manual_seed(args.seed)
-
-    def plan(generator):
-        return rows[sample_triplets(ids, clusters, generator)]
-
-    def criterion(embeddings, rows):
-        return triplet_loss(*embeddings, args.margin)
-
-    return EmbeddingNet(args.dim, state), plan, criterion
+    return (EmbeddingNet(args.dim, state), lambda generator: rows[sample_triplets(ids, clusters, generator)],
+            lambda embeddings, _: triplet_loss(*embeddings, args.margin))
 
 
 def strong_recipe(args, market, rows, state):
@@ -505,26 +461,20 @@ def strong_recipe(args, market, rows, state):
         raise UserError("--without identity triplets attributes leaves nothing to train: leave in one of them.")
     ids, labels = market.person_ids[rows], market.labels.to(args.device)
     identities = torch.searchsorted(ids.unique(), market.person_ids).to(args.device)  # 0, 1, ... of those to train on
-    weights = [w.to(args.device) for w in par.class_weights(market.labels[rows])]
+    weights, count = [w.to(args.device) for w in par.class_weights(market.labels[rows])], len(ids.unique())
     torch.manual_seed(args.seed)
-    count = len(ids.unique())
     model = par.AttributeNet(state=state, head=args.head, identities=count, rungs=args.rungs)
-
-    def plan(generator):
-        return rows[sample_groups(ids, generator=generator)]
 
     def criterion(outputs, rows):
         logits, features, scores = outputs.flatten(0, 1).split([sum(SIZES), model.backbone.width, count], 1)
-        who, losses = identities[rows.flatten()], []
-        if "identity" in args.rungs:
-            losses.append(F.cross_entropy(scores, who, label_smoothing=0.1 * ("smoothing" in args.rungs)))
-        if "triplets" in args.rungs:
-            losses.append(hard_triplet_loss(features, who))
-        if "attributes" in args.rungs:  # the mean over the attributes
-            losses.append(par.attribute_loss(logits.split(SIZES, 1), labels[rows.flatten()], "wce", weights) / len(SIZES))
-        return sum(losses)
+        who, smoothing = identities[rows.flatten()], 0.1 * ("smoothing" in args.rungs)
+        losses = {"identity": lambda: F.cross_entropy(scores, who, label_smoothing=smoothing),
+                  "triplets": lambda: hard_triplet_loss(features, who),
+                  "attributes": lambda: par.attribute_loss(
+                      logits.split(SIZES, 1), labels[rows.flatten()], "wce", weights) / len(SIZES)}
+        return sum(loss() for name, loss in losses.items() if name in args.rungs)
 
-    return model, plan, criterion
+    return model, lambda generator: rows[sample_groups(ids, generator=generator)], criterion
 
 
 def train(args, record, stage_1, market, split):
@@ -544,9 +494,8 @@ def train(args, record, stage_1, market, split):
         own, given = model.state_dict(), stage_1["model"]
         model.load_state_dict({k: given[k] if k in given and given[k].shape == v.shape else v for k, v in own.items()})
     model.to(args.device)
-    checkpoint = {"kind": "reid", "record": record, "stage 1": None if "attributes" in args.rungs else stage_1,
-                  "train_ids": market.person_ids[rows].unique(),
-                  "validation_ids": market.person_ids[validation].unique()}
+    sides = {f"{name}_ids": market.person_ids[which].unique() for name, which in zip(("train", "validation"), split)}
+    checkpoint = {"kind": "reid", "record": record, "stage 1": None if "attributes" in args.rungs else stage_1, **sides}
 
     def validate():
         if not len(validation):
@@ -564,15 +513,11 @@ def train(args, record, stage_1, market, split):
         with common.timed(record["seconds"], "scoring"):
             embedded = embed(load(args, checkpoint | {"model": model.state_dict()}), market, validation)
             title = f"{args.out}, {len(validation)} validation crops"
-            results, threshold, hamming = score_and_show(args, embedded, None, title, args.hamming)
-            curve = distance_histograms(embedded)
-        _, half, share = same_person(curve)
-        recall = (curve["matches"][curve["edges"][1:] <= half].sum() / curve["matches"].sum()).item()
-        print(f"same person: 50 % at a distance of {half:.3f}, if {100 * share:.3g} % of all pairs match as here; "
-              f"{100 * recall:.1f} % of the matches are nearer")
-        record["final"] |= {"threshold": threshold, "hamming": hamming, "validation": results, "same person": {
-            "distance": half, "share of matches": share, "recall": recall}}
-        draw_distances(args.out.with_suffix(".png"), curve)
+            found = score_and_show(args, embedded, None, title, args.hamming)
+            _, half, share = draw_distances(args.out.with_suffix(".png"), distance_histograms(embedded))
+        record["final"] |= dict(zip(("validation", "threshold", "hamming"), found)) | {
+            "same person": {"distance": half, "share of matches": share}}
+        print(f"same person: 50 % at a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match, as here")
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return record["final"].get("validation")
@@ -586,17 +531,21 @@ def score_and_show(args, query, gallery, title, hamming):
     is tuned on these crops, if attributes are predicted. With --rerank, a row for that.
     """
     threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
-    chosen, results = EVERY | {"threshold": (threshold, len(ATTRIBUTES))}, {}
+    chosen, results = EVERY | {"threshold": lambda rows, distances, differ: distances < threshold}, {}
     if query.log_p is not None:
-        hamming = tune_hamming(query, gallery) if hamming is None else hamming
-        chosen |= {"hamming": (torch.inf, hamming), "both": (threshold, hamming)}
+        tries = {k: lambda *given, k=k: given[2] <= k for k in range(len(ATTRIBUTES) + 1)}
+        scores = score_selections(query, gallery, tries, cross_camera=True) if hamming is None else {}
+        hamming = max(scores, key=lambda k: scores[k]["mAP"], default=hamming)  # ties go to the smallest
+        chosen["hamming"] = tries[hamming]
+        chosen["both"] = lambda *given: chosen["threshold"](*given) & chosen["hamming"](*given)
     for protocol in ("across cameras",) if gallery else ("all cameras", "across cameras"):
-        results[protocol] = scores = score_selections(query, gallery, chosen, protocol == "across cameras")
+        cross = protocol == "across cameras"
+        results[protocol] = scores = score_selections(query, gallery, chosen, cross)
         if args.rerank:
             chunks = rerank_chunks(query.features, gallery and gallery.features)
-            scores["re-ranked"] = score_selections(query, gallery, EVERY, protocol == "across cameras", chunks)["none"]
-        rows = [[name, *(100 * m[k] for k in METRICS[:-2]), m["length"]] for name, m in scores.items()]
-        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)", ["selection", *METRICS[:-1]], rows)
+            scores["re-ranked"] = score_selections(query, gallery, EVERY, cross, chunks)["none"]
+        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)", ["selection", *METRICS[:-1]],
+                     [[name, *(100 * m[k] for k in METRICS[:-2]), m["length"]] for name, m in scores.items()])
     print(f"threshold: distance < {threshold:.3f}" + " (the mean of all pairs)" * (args.threshold == "mean")
           + (f"; hamming: at most {hamming} of {len(ATTRIBUTES)} predicted attributes differ" if "both" in chosen else
              "; no Hamming filter: it predicts no attributes"))
@@ -605,13 +554,12 @@ def score_and_show(args, query, gallery, title, hamming):
 
 def draw_distances(path, curve):
     """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each; and what probability
-    follows from that, from 0 to 100 % over the height."""
-    edges, font = curve["edges"][::10].numpy(), ImageFont.load_default(40)
+    follows from that, from 0 to 100 % over the height: -> as `same_person`."""
+    edges, font, (p, half, share) = curve["edges"].numpy(), ImageFont.load_default(40), same_person(curve)
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
     shares = {name: (100 * n.view(-1, 10).sum(1) / n.sum()).numpy() for name, n in counts.items()}
-    (p, half, _), high, middle = same_person(curve), max(map(np.max, shares.values())), (edges[1:] + edges[:-1]) / 2
-    lines = [*((name, middle, share) for name, share in shares.items()),
-             (f"same person (50 % at {half:.2f})", curve["edges"].numpy(), high * p)]
+    high, lines = max(map(np.max, shares.values())), [(name, edges[5::10], values) for name, values in shares.items()]
+    lines.append((f"same person (50 % at {half:.2f})", edges, high * p))
     picture, legend = Image.new("RGB", (2240, 1240), "white"), 2200
     pen = ImageDraw.Draw(picture)
 
@@ -619,29 +567,29 @@ def draw_distances(path, curve):
         return np.interp(x, (0, edges[-1]), (140, 2080)), np.interp(y, (0, high), (1140, 150))
 
     across, up = (np.arange(0, end, float(f"{end / 5:.0e}")) for end in (edges[-1], high))  # round numbers
-    for x, y, text, anchor, colour in [*((x, 0, f"\n{x:.6g}", "ma", common.INK) for x in across),
-                                       *((0, y, f"{y:.6g} % ", "rm", common.INK) for y in up),
-                                       *((edges[-1], high * k / 4, f" {25 * k} %", "lm", common.COLOURS[2]) for k in range(5))]:
-        pen.text(at(x, y), text, colour, font, anchor)
+    marks = [((x, 0), f"\n{x:.6g}", common.INK, font, "ma") for x in across] + [
+        ((0, y), f"{y:.6g} % ", common.INK, font, "rm") for y in up] + [
+        ((edges[-1], high * k / 4), f" {25 * k} %", common.COLOURS[2], font, "lm") for k in range(5)]
+    for place, *mark in marks:
+        pen.text(at(*place), *mark)
     for (name, x, y), colour in zip(lines, common.COLOURS):
         pen.line([at(*point) for point in zip(x, y)], colour, 8, joint="curve")
         pen.text((legend, 60), name, colour, font, "rm")
         legend -= pen.textlength(name, font) + 60
     pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
     common.write_picture(path, picture.reduce(2))
+    return p, half, share
 
 
 def load(args, checkpoint):
     """The networks of a checkpoint: (the one that embeds, the one that predicts attributes, or None)."""
-    own = checkpoint["record"]["arguments"]
+    own, stage_1 = checkpoint["record"]["arguments"], checkpoint["stage 1"]
     if own["recipe"] == "strong":
         model = par.load(args, checkpoint)
     else:
         model = EmbeddingNet(own["dim"]).to(args.device)
         model.load_state_dict(checkpoint["model"])
-    if "attributes" in own["rungs"]:
-        return model, model
-    return model, checkpoint["stage 1"] and par.load(args, checkpoint["stage 1"])
+    return model, model if "attributes" in own["rungs"] else stage_1 and par.load(args, stage_1)
 
 
 def evaluate(args, networks, checkpoint, seconds):
@@ -672,8 +620,7 @@ def evaluate(args, networks, checkpoint, seconds):
 
 def show(path, query, gallery, test, real, count):
     """Draw `count` queries of the test set, spread from the highest AP to the lowest, and what is nearest to each."""
-    scores = score_queries(query, gallery, EVERY, cross_camera=True)["none"]
-    precision, matches = scores[METRICS.index("mAP")], scores[METRICS.index("matches")]
+    precision, *_, matches = score_selections(query, gallery, EVERY, cross_camera=True, summary=list)["none"]
     order = precision.argsort(descending=True)
     order = order[matches[order] > 0]
     picked = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long().to(order.device)]
@@ -693,14 +640,13 @@ def show(path, query, gallery, test, real, count):
 
 def export(args, networks, checkpoint, seconds):
     """Write the test set's embeddings to --embed as NumPy arrays."""
-    arrays = {}
+    arrays, keys = {}, ("features", "ids", "cameras", "names")
     for name in ("query", "gallery"):
         with common.timed(seconds, "loading"):
             part = common.load_market(args.data, name, args.size, annotated=False)
         with common.timed(seconds, "embedding"):
-            features = embed((networks[0], None), part).features.cpu()
-        values = features, part.person_ids, part.camera_ids, part.names
-        arrays |= {f"{name}_{k}": np.asarray(v) for k, v in zip(("features", "ids", "cameras", "names"), values)}
+            values = embed((networks[0], None), part).features.cpu(), part.person_ids, part.camera_ids, part.names
+        arrays |= {f"{name}_{key}": np.asarray(value) for key, value in zip(keys, values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
     print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings of "
           f"{arrays['query_features'].shape[1]} dimensions")
@@ -712,47 +658,47 @@ BLOCK, SAVED = 2048, 8  # crops to read and embed at once, and after how many su
 INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row each crop; of an int64: bytes, nanoseconds
 
 
-def embed_files(args, networks, checkpoint, path, seconds):
-    """Embed an image, or all in a folder, in blocks, so that memory is bounded: -> dict of the INDEX arrays.
+def embed_files(args, networks, checkpoint, seconds, path=None):
+    """Embed an image, or all in a folder (--gallery), in blocks, in bounded memory: -> dict of the INDEX arrays.
 
-    log_p is [N, 0] without a stage-1 network. With --embed, these are an index, saved there; its names are relative to
-    its own folder if the images are in that. What it holds of an earlier time, or of a run that was cut off, is not
-    embedded anew, where name, size and time are still the same.
+    log_p is [N, 0] without a stage-1 network. With --embed these are an index, saved there. Its names are relative to
+    its own folder, so that they can be moved together, unless on another drive. What it holds already, of a run that
+    was cut off or an earlier one, is not embedded anew where name, size and time are still the same.
     """
-    facts, base = {}, os.path.abspath(args.embed.parent) if args.embed else None
-    for file in common.user_files([path]):
-        name, stat = Path(os.path.abspath(file)) if base else file, file.stat()
-        name = name.relative_to(base) if base and name.is_relative_to(base) else name
-        facts[file] = name.as_posix() if base else str(file), stat.st_size, stat.st_mtime_ns
-    *keys, features, log_p = load_index(args.embed, checkpoint).values() if base and args.embed.exists() else [[]] * 5
-    known = dict(zip(zip(*map(list, keys)), zip(features, log_p)))
-    new, begin = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"], time.perf_counter()
+    facts, known = {}, {}
+    for file in common.user_files([path or args.gallery]):
+        name, stat = str(file), file.stat()
+        if args.embed and Path(os.path.abspath(file)).drive == Path(os.path.abspath(args.embed)).drive:
+            name = os.path.relpath(file, args.embed.parent)
+        facts[file] = name, stat.st_size, stat.st_mtime_ns
+    if args.embed and args.embed.exists():
+        names, sizes, times, *values = load_index(args.embed, checkpoint).values()
+        known = dict(zip(zip(names.tolist(), sizes.tolist(), times.tolist()), zip(*values)))
+    new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
 
     def save():
         rows = [(*fact, *known[fact]) for fact in facts.values() if fact in known]
         if not rows:
-            raise UserError(f"No image could be read from {path}.")
+            raise UserError(f"No image could be read from {path or args.gallery}.")
         index = dict(zip(INDEX, map(np.array, zip(*rows))))
-        if base:
+        if args.embed:
             arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
             common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
+            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape), flush=True)
         return index
 
     for done in range(0, len(new), BLOCK):
-        speed = done / (time.perf_counter() - begin)
-        left = round((len(new) - done) / speed) if done else 0
-        common.progress(f"embedded {done} of {len(new)}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left" * (done > 0))
         with common.timed(seconds, "reading"):
             images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
         with common.timed(seconds, "embedding"):
             if read:
-                unknown = torch.zeros(len(read), dtype=torch.int64)
-                crops = embed(networks, common.Market(images, unknown, unknown, unknown, read))
+                crops = embed(networks, common.Market(images, *[torch.zeros(len(read))] * 3, read))
                 log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
-                known.update(zip((facts[file] for file in read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
-        if base and done // BLOCK % SAVED == SAVED - 1:
+                known.update(zip(map(facts.get, read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
+        left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + BLOCK) - 1)
+        common.progress(f"embedded {done + BLOCK} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
+        if args.embed and done // BLOCK % SAVED == SAVED - 1 and left > 0:
             save()
-    common.progress("")
     return save()
 
 
@@ -762,53 +708,36 @@ def load_index(path, checkpoint):
         with np.load(path, allow_pickle=False) as file:
             index, origin = {k: file[f"gallery_{k}"] for k in INDEX}, file["checkpoint"].tolist()
     except Exception as error:  # NumPy and zip raise a dozen types on a damaged file, and on another's
-        raise UserError(f"{path} is not a readable index ({type(error).__name__}): --embed with --gallery FOLDER writes "
-                        "one, to a new name.") from None
-    if origin != fingerprint(checkpoint):
+        raise UserError(f"{path} is not a readable index ({type(error).__name__}): write one, to a new name.") from None
+    if origin != [*map(str, fingerprint(checkpoint))]:
         raise UserError(f"{path} is an index of another checkpoint's embeddings: write one of this, to a new name.")
     return index
 
 
-def fingerprint(checkpoint):
-    """What tells a checkpoint from others: the name of its run, and its epoch."""
-    return [checkpoint["record"]["run"], str(checkpoint["record"]["best epoch"])]
-
-
-def write_index(args, networks, checkpoint, seconds):
-    """Embed the images in --gallery to --embed, an index for --search and --find."""
-    features = embed_files(args, networks, checkpoint, args.gallery, seconds)["features"]
-    print(f"{args.embed}: {len(features)} gallery embeddings of {features.shape[1]} dimensions")
-
-
-def read_user_crops(args, networks, checkpoint, path, seconds):
+def read_user_crops(args, networks, checkpoint, seconds, path):
     """Embed an image or those in a folder, or read an index: -> (row -> path, Crops on the CPU)."""
-    index, folder = None, path.parent if path.suffix == ".npz" else Path()
-    if path.suffix == ".npz":
-        with common.timed(seconds, "reading"):
-            index = load_index(path, checkpoint)
-    index = index or embed_files(args, networks, checkpoint, path, seconds)
+    stored = path.suffix == ".npz"
+    index = load_index(path, checkpoint) if stored else embed_files(args, networks, checkpoint, seconds, path)
     features, log_p = (torch.from_numpy(index[k]) for k in ("features", "log_p"))
-    unknown = torch.zeros(len(features), dtype=torch.int64)
-    return lambda row: folder / index["names"][row], Crops(features, unknown, unknown, log_p if log_p.numel() else None)
+    return (lambda row: Path(os.path.normpath(os.path.join(path.parent if stored else "", index["names"][row]))),
+            Crops(features, log_p=log_p if log_p.numel() else None))
 
 
 def draw_hits(path, rows, size):
-    """As `common.sheet`, of cells (file, lines, colour): only now the crops are read. What has gone is named, and left
-    out."""
-    files = dict.fromkeys(file for row in rows for file, _, _ in row)
-    for file in files:
-        if not file.exists():
-            print(f"Left out of the picture: {file} has gone.", file=sys.stderr)
-    images, read = common.read_crops([file for file in files if file.exists()], size, skip=True)
-    crops = dict(zip(read, images))
+    """As `common.sheet`, of cells (file, lines, colour), whose crops are read only now; what has gone is left out."""
+    files = {file: file.exists() for row in rows for file, _, _ in row}
+    for file in (file for file, there in files.items() if not there):
+        print(f"Left out of the picture: {file} has gone.", file=sys.stderr)
+    crops, read = common.read_crops([file for file, there in files.items() if there], size, skip=True)
+    crops = dict(zip(read, crops))
     rows = [[(crops[file], *rest) for file, *rest in row if file in crops] for row in rows]
-    if any(rows):
-        common.sheet(path, [row for row in rows if row])
+    if rows := [row for row in rows if row]:
+        common.sheet(path, rows)
 
 
 def search(args, networks, checkpoint, seconds):
     """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
-    (query_path, asked), (path, crops) = (read_user_crops(args, networks, checkpoint, folder, seconds)
+    (query_path, asked), (path, crops) = (read_user_crops(args, networks, checkpoint, seconds, folder)
                                           for folder in (args.search, args.gallery))
     curve, rows = checkpoint.get("distances"), []
     p, half, share = same_person(curve, args.prior) if curve else (None, None, None)
@@ -828,8 +757,8 @@ def search(args, networks, checkpoint, seconds):
                                     *((text, OTHER) for text in differ)], colour))
         common.table(f"Nearest to {query} of {len(distances)} images",
                      ["rank", "distance", "same person", "same attributes", "file"], lines)
-    print(f"\nSame person: if {100 * share:.3g} % of all pairs match, as {'--prior says' if args.prior else 'on validation'}; "
-          f"then it is 50 % at a distance of {half:.3f}." if curve else f"\nSame person: how sure that is cannot be said, as "
+    print(f"\nSame person: 50 % at a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match, as "
+          f"{'--prior says' if args.prior else 'on validation'}." if curve else "\nSame person: cannot be said, as "
           f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
 
@@ -852,7 +781,7 @@ def find(args, networks, checkpoint, seconds):
         asked[attribute] = name
     if networks[1] is None:
         raise UserError(f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe strong.")
-    path, crops = read_user_crops(args, networks, checkpoint, args.gallery, seconds)
+    path, crops = read_user_crops(args, networks, checkpoint, seconds, args.gallery)
     log_p = crops.log_p[:, [words.index(pair) for pair in asked.items()]]
     best = log_p.sum(1).topk(min(args.top, len(log_p)))
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
@@ -869,6 +798,11 @@ def find(args, networks, checkpoint, seconds):
 # ------------------------------------------------------------------------------------------------- the command line
 
 
+def fingerprint(checkpoint):
+    """What tells a checkpoint from others: its run, and how far that had come."""
+    return [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
+
+
 def threshold(text):
     """An argparse type: "mean" or a distance."""
     return text if text == "mean" else common.number(float, 0)(text)
@@ -881,8 +815,8 @@ def parser():
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
     add = parser.add_argument_group("to train").add_argument
-    add("--identities", choices=("train", "all"), default="train", help="of the 60 %% that stage 1 trains on, or of all: "
-        "then nothing is left to validate on, and the last epoch is kept (train)")
+    add("--identities", choices=("train", "all"), default="train", help="of the 60 %% that stage 1 trains on, or of "
+        "all: then nothing is left to validate on, and the last epoch is kept (train)")
     add("--compare", action="store_true", help="train with and without --init: table 1")
     add("--margin", type=common.number(float, 0), default=MARGIN, metavar="M", help="squared distance (%(default)s)")
     add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
@@ -891,34 +825,33 @@ def parser():
         "section 3.2.2, or from anywhere (cluster)")
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="k-reciprocal re-ranking beside the plain one (Zhong et al. 2017)")
-    add("--hamming", type=common.number(int, 0, len(ATTRIBUTES)), metavar="K", help="predicted attributes that may "
-        "differ (what gives the highest validation mAP)")
+    add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
     add("--threshold", type=threshold, default="mean", metavar="T", help="distance below which crops are returned: a "
         "number, or mean, of all pairs (mean, report section 4.2.1)")
-    add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among the pairs, for "
-        "the probability of the same person (that of the validation crops)")
+    add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among all pairs, "
+        "for the probability of the same person (that of the validation crops)")
     group = parser.add_argument_group("with --eval")
     add, only = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    only("--embed", type=Path, metavar="FILE", help="write embeddings to this .npz file: of the test set "
-        "or, with --gallery, an index of your own images, which goes on where it was cut off and can be moved with a "
-        "folder that is beside it")
+    only("--embed", type=Path, metavar="FILE", help="write embeddings to this .npz file: of the test set or, as an "
+        "index that goes on where it was cut off and can be moved with a folder beside it, of --gallery")
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N of the test set's ranked lists, show.png")
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
-    add("--gallery", type=Path, metavar="FOLDER", help="the images to --search or --find in, or to --embed; or their index")
+    add("--gallery", type=Path, metavar="FOLDER", help="to --search, --find in or --embed: images, or their index")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
 
 
 def main(args):
+    asked = [flag for flag in ("embed", "show", "search", "find", "gallery") if getattr(args, flag) is not None]
     if args.compare and not args.init:
         raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
-    for flag in ("embed", "show", "search", "find", "gallery"):
-        if getattr(args, flag) is not None and not args.eval:
-            raise UserError(f"--{flag} needs --eval FILE, the checkpoint to do it with.")
-    if (args.search or args.find) and not args.gallery or args.gallery and not (args.search or args.find or args.embed):
-        raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search, and so does --embed.")
+    if asked and not args.eval:
+        raise UserError(f"--{asked[0]} needs --eval FILE, the checkpoint to do it with.")
+    if asked in (["search"], ["find"], ["gallery"], ["show", "gallery"]):
+        raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search, and --gallery "
+                        "with one of these or --embed.")
     if args.compare and args.identities == "all":
         raise UserError("--compare compares on validation identities, and --identities all leaves none.")
     if args.init and args.init.resolve() == args.out.resolve():
@@ -927,21 +860,18 @@ def main(args):
     checkpoint = source and common.load_checkpoint(source, kind)
     record = common.start(args, source, checkpoint, data=not args.gallery)
     args.head = checkpoint["record"]["arguments"]["head"] if args.init else "linear"
-    picture = "search.png" if args.search else "find.png" if args.find else "show.png" if args.show else None
-    if args.embed:
-        common.check_output(args.embed, ".npz")
-    elif picture or not args.eval:
-        common.check_output(args.out.with_name(picture) if picture else args.out, ".png" if picture else ".pt")
     if args.eval:
-        command = search if args.search else find if args.find else evaluate if not args.embed else \
-            write_index if args.gallery else export
+        command, picture = (search, "search.png") if args.search else (find, "find.png") if args.find else \
+            (embed_files if args.gallery else export, None) if args.embed else (evaluate, args.show and "show.png")
+        if args.embed or picture:
+            common.check_output(args.embed or args.out.with_name(picture), ".npz" if args.embed else ".png")
         command(args, load(args, checkpoint), checkpoint, record["seconds"])
         return common.say_seconds(record["seconds"])
 
+    common.check_output(args.out, ".pt")
     with common.timed(record["seconds"], "loading"):
         market = par.load_train(args, "attributes" in args.rungs)
-    origin = checkpoint and [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
-    record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": origin}
+    record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": checkpoint and fingerprint(checkpoint)}
     if args.identities == "all":
         split = market.person_ids > 0, market.person_ids < 1
     else:
