@@ -185,6 +185,7 @@ class Crops:
         return torch.cat([F.one_hot(column, n) for column, n in classes], 1).float() if classes else None
 
 
+EVERY = {"none": lambda *_: None}  # the selections of `score_selections` where all are returned
 METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "precision", "recall", "length", "matches")
 
 
@@ -376,9 +377,6 @@ def score_selections(query, gallery, selections, cross_camera, chunks=None, summ
     return {name: summary(found) for name, found in scores.items()}
 
 
-EVERY = {"none": lambda *_: None}  # no selection: all are returned
-
-
 def distance_histograms(query, gallery=None, top=None, bins=1000):
     """How distances lie: a dict of edges [bins + 1], and how many pairs are in each bin, [bins]: matches (of one
     identity, from two cameras) and others (of two identities). The last edge is `top`, or the largest distance."""
@@ -512,18 +510,17 @@ def train(args, record, stage_1, market, split):
     if len(validation):
         with common.timed(record["seconds"], "scoring"):
             embedded = embed(load(args, checkpoint | {"model": model.state_dict()}), market, validation)
-            title = f"{args.out}, {len(validation)} validation crops"
-            found = score_and_show(args, embedded, None, title, args.hamming)
+            found = score_and_show(args, embedded, None, args.hamming)
             _, half, share = draw_distances(args.out.with_suffix(".png"), distance_histograms(embedded))
         record["final"] |= dict(zip(("validation", "threshold", "hamming"), found)) | {
             "same person": {"distance": half, "share of matches": share}}
-        print(f"same person: 50 % at a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match, as here")
+        print(f"same person: 50 % or more up to a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match")
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return record["final"].get("validation")
 
 
-def score_and_show(args, query, gallery, title, hamming):
+def score_and_show(args, query, gallery, hamming):
     """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter).
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by both. Its
@@ -538,13 +535,15 @@ def score_and_show(args, query, gallery, title, hamming):
         hamming = max(scores, key=lambda k: scores[k]["mAP"], default=hamming)  # ties go to the smallest
         chosen["hamming"] = tries[hamming]
         chosen["both"] = lambda *given: chosen["threshold"](*given) & chosen["hamming"](*given)
+    crops = f"test set, {len(gallery.ids)} gallery" if gallery else f"{len(query.ids)} validation"
     for protocol in ("across cameras",) if gallery else ("all cameras", "across cameras"):
         cross = protocol == "across cameras"
         results[protocol] = scores = score_selections(query, gallery, chosen, cross)
         if args.rerank:
             chunks = rerank_chunks(query.features, gallery and gallery.features)
             scores["re-ranked"] = score_selections(query, gallery, EVERY, cross, chunks)["none"]
-        common.table(f"{title}, {protocol}: {scores['none']['queries']} queries (%)", ["selection", *METRICS[:-1]],
+        common.table(f"{args.eval or args.out}, {crops} crops, {protocol}: {scores['none']['queries']} queries (%)",
+                     ["selection", *METRICS[:-1]],
                      [[name, *(100 * m[k] for k in METRICS[:-2]), m["length"]] for name, m in scores.items()])
     print(f"threshold: distance < {threshold:.3f}" + " (the mean of all pairs)" * (args.threshold == "mean")
           + (f"; hamming: at most {hamming} of {len(ATTRIBUTES)} predicted attributes differ" if "both" in chosen else
@@ -606,9 +605,8 @@ def evaluate(args, networks, checkpoint, seconds):
     with common.timed(seconds, "ranking"):
         hamming = len(ATTRIBUTES) if args.hamming is None else args.hamming  # of 12: nothing is rejected
         if curve:
-            title = f"{args.eval}, {len(rows)} validation crops"
-            *_, hamming = score_and_show(args, validation, None, title, args.hamming)
-        score_and_show(args, query, gallery, f"{args.eval}, test set, {len(real)} gallery crops", hamming)
+            *_, hamming = score_and_show(args, validation, None, args.hamming)
+        score_and_show(args, query, gallery, hamming)
     print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
           "buys is the precision of the returned lists, to the right with their recall and mean length.")
     if curve:
@@ -740,6 +738,11 @@ def search(args, networks, checkpoint, seconds):
     (query_path, asked), (path, crops) = (read_user_crops(args, networks, checkpoint, seconds, folder)
                                           for folder in (args.search, args.gallery))
     curve, rows = checkpoint.get("distances"), []
+
+    def describe(crops, i):  # the predicted classes of a crop, as "hat yes"
+        found = [] if crops.log_p is None else par.most_probable(crops.log_p[i:i + 1])[0][0].tolist()
+        return [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(ATTRIBUTES.items(), found)]
+
     p, half, share = same_person(curve, args.prior) if curve else (None, None, None)
     for i, distances in enumerate(row for _, chunk in distance_chunks(asked, crops) for row in chunk):
         query, described, lines = query_path(i), describe(asked, i), []
@@ -757,40 +760,33 @@ def search(args, networks, checkpoint, seconds):
                                     *((text, OTHER) for text in differ)], colour))
         common.table(f"Nearest to {query} of {len(distances)} images",
                      ["rank", "distance", "same person", "same attributes", "file"], lines)
-    print(f"\nSame person: 50 % at a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match, as "
-          f"{'--prior says' if args.prior else 'on validation'}." if curve else "\nSame person: cannot be said, as "
+    print(f"\nSame person: 50 % or more up to a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match, "
+          f"as {'--prior says' if args.prior else 'on validation'}." if curve else "\nSame person: cannot be said, as "
           f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
 
 
-def describe(crops, i):
-    """The predicted classes of one of `Crops`, as "hat yes"; nothing without a stage-1 network."""
-    return [] if crops.log_p is None else [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(
-        ATTRIBUTES.items(), par.most_probable(crops.log_p[i:i + 1])[0][0].tolist())]
-
-
 def find(args, networks, checkpoint, seconds):
     """List the crops in --gallery by the probability of the classes that --find names, and draw them, find.png."""
-    words, asked, lines, cells = [(a, name) for a, classes in ATTRIBUTES.items() for name in classes], {}, [], []
-    for word in args.find:
-        attribute, _, name = word.lower().partition("=")
+    words, asked, lines, cells = [f"{a}={name}" for a, classes in ATTRIBUTES.items() for name in classes], [], [], []
+    for word in map(str.lower, args.find):
+        attribute = word.partition("=")[0]
         if attribute not in ATTRIBUTES:
             raise UserError(f"--find {word}: there is no attribute '{attribute}', only {', '.join(ATTRIBUTES)}.")
-        if (attribute, name) not in words or attribute in asked:
+        if word not in words or any(other.startswith(f"{attribute}=") for other in asked):
             raise UserError(f"--find {word}: name one class of {attribute}: {', '.join(ATTRIBUTES[attribute])}.")
-        asked[attribute] = name
+        asked.append(word)
     if networks[1] is None:
         raise UserError(f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe strong.")
     path, crops = read_user_crops(args, networks, checkpoint, seconds, args.gallery)
-    log_p = crops.log_p[:, [words.index(pair) for pair in asked.items()]]
+    log_p, asked = crops.log_p[:, [*map(words.index, asked)]], [word.replace("=", " ") for word in asked]
     best = log_p.sum(1).topk(min(args.top, len(log_p)))
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
-        file, each = path(g), dict(zip(asked.items(), log_p[g].exp().tolist()))
-        lines.append([str(rank), f"{value:.3g}", f"{sum(p > 0.5 for p in each.values())} of {len(each)}", str(file)])
+        file, each = path(g), log_p[g].exp().tolist()
+        lines.append([str(rank), f"{value:.3g}", f"{sum(p > 0.5 for p in each)} of {len(each)}", str(file)])
         cells.append((file, [f"{rank}: {value:.3g}", file.stem, *(
-            (f"{attribute} {name} {p:.2f}", common.INK if p > 0.5 else OTHER)
-            for (attribute, name), p in each.items())], None))
-    common.table(f"{', '.join(map(' '.join, asked.items()))}, among {len(log_p)} images",
+            (f"{word} {p:.2f}", common.INK if p > 0.5 else OTHER) for word, p in zip(asked, each))], None))
+    common.table(f"{', '.join(asked)}, among {len(log_p)} images",
                  ["rank", "probability", "probable", "file"], lines)
     draw_hits(args.out.with_name("find.png"), [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)], args.size)
 
@@ -824,7 +820,7 @@ def parser():
     add("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in report "
         "section 3.2.2, or from anywhere (cluster)")
     add = parser.add_argument_group("to rank").add_argument
-    add("--rerank", action="store_true", help="k-reciprocal re-ranking beside the plain one (Zhong et al. 2017)")
+    add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
     add("--threshold", type=threshold, default="mean", metavar="T", help="distance below which crops are returned: a "
         "number, or mean, of all pairs (mean, report section 4.2.1)")
