@@ -670,7 +670,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
             name = os.path.relpath(file, args.embed.parent)
         facts[file] = name, stat.st_size, stat.st_mtime_ns
     if args.embed and args.embed.exists():
-        names, sizes, times, *values = load_index(args.embed, checkpoint).values()
+        names, sizes, times, *values = load_index(args.embed, checkpoint, seconds).values()
         known = dict(zip(zip(names.tolist(), sizes.tolist(), times.tolist()), zip(*values)))
     new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
 
@@ -700,10 +700,10 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
     return save()
 
 
-def load_index(path, checkpoint):
+def load_index(path, checkpoint, seconds):
     """Read what --embed wrote of a --gallery: dict of the INDEX arrays; UserError if it is of another checkpoint."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with common.timed(seconds, "reading"), np.load(path, allow_pickle=False) as file:
             index, origin = {k: file[f"gallery_{k}"] for k in INDEX}, file["checkpoint"].tolist()
     except Exception as error:  # NumPy and zip raise a dozen types on a damaged file, and on another's
         raise UserError(f"{path} is not a readable index ({type(error).__name__}): write one, to a new name.") from None
@@ -715,7 +715,7 @@ def load_index(path, checkpoint):
 def read_user_crops(args, networks, checkpoint, seconds, path):
     """Embed an image or those in a folder, or read an index: -> (row -> path, Crops on the CPU)."""
     stored = path.suffix == ".npz"
-    index = load_index(path, checkpoint) if stored else embed_files(args, networks, checkpoint, seconds, path)
+    index = load_index(path, checkpoint, seconds) if stored else embed_files(args, networks, checkpoint, seconds, path)
     features, log_p = (torch.from_numpy(index[k]) for k in ("features", "log_p"))
     return (lambda row: Path(os.path.normpath(os.path.join(path.parent if stored else "", index["names"][row]))),
             Crops(features, log_p=log_p if log_p.numel() else None))
