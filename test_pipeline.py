@@ -1444,7 +1444,7 @@ def test_imagenet_weights_that_cannot_be_had_are_told_and_no_answer_is_waited_fo
 
 
 if __name__ == "__main__":  # as `start` starts it
-    common.infer.__defaults__, reid.chunk_rows, words = (None, 8 * 32 * 32), lambda columns: 7, sys.argv[1:]
+    common.infer.__defaults__, reid.chunk_rows, words = (None, 8 * 32 * 32), in_sevens, sys.argv[1:]
     if "FAILS.pt" in words and os.environ["RANK"] == "1":
         par.attribute_loss = Mock(side_effect=UserError("One cannot go on."))
     while words:
