@@ -16,6 +16,7 @@ Trebucchi (University of Trento); tables and figures have its numbers.
 """
 import argparse
 import copy
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,7 @@ import par
 from common import ATTRIBUTES, SIZES, UserError
 
 # Of the triplet loss, in squared distance; the report gives none. Of 1, 10 and 40, 10 had the highest validation mAP
-# after an epoch on Market-1501 (README). Stage 1 has set most training identities apart: a small margin leaves few
-# triplets a loss, a large one goes on pushing what is apart already.
+# after an epoch (README): a small margin leaves few triplets a loss, a large one pushes on what is apart already.
 MARGIN = 10.0
 MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
 # What the strong recipe is made of, each of which --without leaves out: three losses, the BNNeck, label smoothing, its
@@ -185,7 +185,7 @@ class Crops:
         return torch.cat([F.one_hot(column, n) for column, n in classes], 1).float() if classes else None
 
 
-EVERY = {"none": lambda *_: None}  # the selections of `score_selections` where all are returned
+EVERY = {"none": (torch.inf, len(ATTRIBUTES))}  # the selections of `score_selections` where all are returned
 METRICS = ("mAP", "mAP_trapezoid", "rank1", "rank5", "rank10", "mINP", "precision", "recall", "length", "matches")
 
 
@@ -201,10 +201,9 @@ def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     before each, as Market-1501's MATLAB code does; rank1, rank5, rank10: queries with a match that early; mINP
     (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall.
     """
-    query, gallery = Crops(distances, query_ids, query_cameras), Crops(distances.T, gallery_ids, gallery_cameras)
-    chunks = ((rows, distances[rows]) for rows in chunk_rows(*distances.shape))
-    selection = {"given": lambda rows, *_: None if keep is None else keep[rows]}
-    return score_selections(query, gallery, selection, cross_camera, chunks)["given"]
+    scores = [rank_queries(distances[rows], query_ids[rows], query_cameras[rows], gallery_ids, gallery_cameras,
+                           None if keep is None else keep[rows], cross_camera) for rows in chunk_rows(*distances.shape)]
+    return mean_metrics(torch.cat(scores, 1))
 
 
 def chunk_rows(queries, columns):
@@ -291,13 +290,6 @@ def distance_chunks(query, gallery=None):
         yield rows, distances
 
 
-def mean_distance(query, gallery=None):
-    """Mean distance over all pairs of a query and a gallery crop, the threshold of [report] section 4.2.1."""
-    total = sum(distances.masked_fill_(distances.isposinf(), 0).sum(dtype=torch.float64)
-                for _, distances in distance_chunks(query, gallery))
-    return (total / (len(query.ids) * (len(gallery.ids) if gallery else len(query.ids) - 1))).item()
-
-
 def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_value=0.3):
     """k-reciprocal re-ranking (Zhong et al. 2017): float32 [Q, D], [G, D] -> yields (slice of queries, [C, G]).
 
@@ -362,69 +354,71 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
 def score_selections(query, gallery, selections, cross_camera, chunks=None, summary=mean_metrics):
     """Rank under several selections, in one pass over the distances: dict of name -> `summary` of [metrics, Q].
 
-    selections: dict of name -> a function of a slice of queries, their distances [C, G] and how many of the predicted
-    attributes differ, [C, G] or None, to what is returned, bool [C, G], or None: all. chunks: of other distances, as
-    `distance_chunks` yields them.
+    selections: dict of name -> the distance below which a crop is returned, and how many of its predicted attributes
+    may differ from the query's. chunks: of other distances, as `distance_chunks` yields them.
     """
-    shown = gallery or query  # below, room in one place: small tensors between the chunks' large ones would add up
-    scores = {k: query.ids.new_zeros(len(METRICS), len(query.ids), dtype=torch.float64) for k in selections}
+    shown, (rank, world) = gallery or query, common.processes()
+    # Room in one place, as small tensors between the chunks' large ones would make memory grow from chunk to chunk.
+    scores = {k: query.features.new_zeros(len(METRICS), len(query.ids), dtype=torch.float64) for k in selections}
     ours, theirs = query.attributes, shown.attributes
-    for rows, distances in chunks or distance_chunks(query, gallery):
-        differ = None if ours is None else len(ATTRIBUTES) - ours[rows] @ theirs.T
-        for name, select in selections.items():
+    for k, (rows, distances) in enumerate(chunks or distance_chunks(query, gallery)):
+        for name, (below, most) in selections.items() if k % world == rank else ():
+            keep = None if below == torch.inf else distances < below
+            if most < len(ATTRIBUTES):
+                alike = ours[rows] @ theirs.T >= len(ATTRIBUTES) - most
+                keep = alike if keep is None else keep & alike
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], shown.ids,
-                                                 shown.cameras, select(rows, distances, differ), cross_camera)
-    return {name: summary(found) for name, found in scores.items()}
+                                                 shown.cameras, keep, cross_camera)
+    return {name: summary(common.add_up(found)) for name, found in scores.items()}
 
 
-def distance_histograms(query, gallery=None, top=None, bins=1000):
-    """How distances lie: a dict of edges [bins + 1], and how many pairs are in each bin, [bins]: matches (of one
-    identity, from two cameras) and others (of two identities). The last edge is `top`, or the largest distance."""
-    if top is None:
-        top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
-    counts, shown = torch.zeros(2, bins, dtype=torch.float64), gallery or query
+def distance_histograms(query, gallery=None, bins=1000):
+    """How distances lie: a dict of edges [bins + 1]; how many pairs are in each bin, [bins]: matches (of one identity,
+    from two cameras) and others (of two identities); and the mean of all, the threshold of [report] section 4.2.1."""
+    top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
+    counts, shown, total = torch.zeros(2, bins, dtype=torch.float64), gallery or query, 0
     for rows, distances in distance_chunks(query, gallery):
         same = shown.ids == query.ids[rows, None]
         match = same & (shown.cameras != query.cameras[rows, None])
-        counts += torch.stack([torch.histc(distances[which].clamp(max=top), bins, 0, top).cpu()
-                               for which in (match, ~same)])
-    return {"edges": torch.linspace(0, top, bins + 1, dtype=torch.float64), "matches": counts[0], "others": counts[1]}
+        counts += torch.stack([torch.histc(distances[which], bins, 0, top).cpu() for which in (match, ~same)])
+        total += distances.masked_fill_(distances.isposinf(), 0).sum(dtype=torch.float64).item()
+    return {"edges": torch.linspace(0, top, bins + 1, dtype=torch.float64), "matches": counts[0], "others": counts[1],
+            "mean": total / (len(query.ids) * (len(shown.ids) - (gallery is None)))}
 
 
 def same_person(curve, prior=None):
-    """P(same person) at each of the curve's edges, the distance of 50 %, and the share of matches among all pairs that
-    they are for: (float64 array [bins + 1], float, float). Another share, `prior`, shifts the log-odds.
+    """P(same person) of distances, a logistic curve: -> (function of a float64 tensor, the distance where it is 50 %,
+    the share of matches among all pairs that it holds for: the curve's own, or `prior`, which shifts the log-odds).
 
-    curve: as from `distance_histograms`. The odds of its bins must fall with the distance: bins where they do not are
-    joined (pool adjacent violators, Ayer et al. 1955), and the log-odds interpolated between the means of those. A pair
-    of each kind more, where it is least expected, keeps all finite. Fitted on half of Market-1501's test identities, it
-    had a lower log loss on the others than a logistic curve.
+    curve: as from `distance_histograms`. Logistic regression by Newton's method; a ridge of 0.001 keeps it finite where
+    a distance parts all. Fitted on half of Market-1501's test identities, isotonic regression was no
+    better calibrated on the others.
     """
-    counts, edges, joined = np.stack([curve["matches"], curve["others"]]), curve["edges"].numpy(), []
-    odds = np.divide(*counts.sum(1).clip(min=1))
-    counts[[1, 0], [0, -1]] += 1
-    for block in np.stack([*counts, counts.sum(0) * (edges[1:] + edges[:-1]) / 2], 1):
-        joined.append(block)
-        while len(joined) > 1 and joined[-2][0] * joined[-1][1] <= joined[-1][0] * joined[-2][1]:
-            joined[-2:] = [joined[-2] + joined[-1]]
-    matches, others, total = np.transpose(joined)
-    log_odds = np.interp(edges, total / (matches + others), np.log(matches / others))
-    prior = odds / (1 + odds) if prior is None else prior
-    p = 1 / (1 + np.exp(np.log(odds) - np.log(prior / (1 - prior)) - log_odds))
-    return p, float(np.interp(0.5, p[::-1], edges[::-1])), float(prior)
+    top, pairs = curve["edges"][-1].item(), curve["matches"] + curve["others"]
+    own = ((curve["matches"].sum() + 1) / (pairs.sum() + 2)).item()
+    x = torch.stack([torch.ones_like(pairs), (curve["edges"][1:] + curve["edges"][:-1]) / -2 / top])
+    theta = torch.tensor([math.log(own / (1 - own)), 0], dtype=torch.float64)
+    for _ in range(50):
+        p = (theta @ x).sigmoid()
+        curvature, slope = (x * pairs * p * (1 - p)) @ x.T, x @ (curve["matches"] - pairs * p)
+        theta += torch.linalg.solve(curvature + 1e-3 * torch.eye(2), slope - 1e-3 * theta).clamp(-2, 2)
+    share, slope = prior or own, theta[1].clamp(min=1e-6).item()
+    odds = theta[0].item() + math.log(share / (1 - share)) - math.log(own / (1 - own))
+    half = top * min(1, max(0, odds / slope))
+    return lambda distances: (odds - slope * distances / top).clamp(-30, 30).sigmoid(), half, share
 
 
 def show_calibration(title, curve, found, prior):
     """Print, in ten steps of the probability that `curve` promises, how many of the pairs in `found` match."""
-    p, _, share = same_person(curve, prior)
-    p, pairs = torch.from_numpy((p[1:] + p[:-1]) / 2), found["matches"] + found["others"]
+    promised, _, share = same_person(curve, prior)
+    p, pairs = promised((found["edges"][1:] + found["edges"][:-1]) / 2), found["matches"] + found["others"]
     step = (10 * p).long().clamp(max=9)
     sums = torch.stack([torch.bincount(step, n, 10) for n in (pairs, pairs * p, found["matches"])])
     names, sums = [*(f"{10 * k} to {10 * k + 10}" for k in range(10)), "all"], torch.cat([sums, sums.sum(1, True)], 1)
     common.table(f"Probability of the same person: {title}, across cameras (%)", ["promised", "pairs", "mean", "match"],
                  [[name, f"{n:.0f}", 100 * mean / n, 100 * m / n] for name, (n, mean, m) in zip(names, sums.T)])
-    print(f"Promised for pairs of which {100 * share:.3g} % match, as --prior says." if prior else
-          f"Promised for pairs of which {100 * share:.3g} % match, as on validation; --prior P is for another share.")
+    print(f"Promised for pairs of which {100 * share:.3g} % match, as "
+          + ("--prior says." if prior else "on validation; --prior P is for another share."))
 
 
 # ----------------------------------------------------------------------------------------------- training and results
@@ -510,10 +504,11 @@ def train(args, record, stage_1, market, split):
     if len(validation):
         with common.timed(record["seconds"], "scoring"):
             embedded = embed(load(args, checkpoint | {"model": model.state_dict()}), market, validation)
-            found = score_and_show(args, embedded, None, args.hamming)
-            _, half, share = draw_distances(args.out.with_suffix(".png"), distance_histograms(embedded))
-        record["final"] |= dict(zip(("validation", "threshold", "hamming"), found)) | {
-            "same person": {"distance": half, "share of matches": share}}
+            results, threshold, hamming, curve = score_and_show(args, embedded, None, args.hamming)
+            _, half, share = same_person(curve, args.prior)
+            draw_distances(args.out.with_suffix(".png"), curve, args.prior)
+        record["final"] |= {"validation": results, "threshold": threshold, "hamming": hamming,
+                            "same person": {"distance": half, "share of matches": share}}
         print(f"same person: 50 % or more up to a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match")
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
@@ -521,20 +516,21 @@ def train(args, record, stage_1, market, split):
 
 
 def score_and_show(args, query, gallery, hamming):
-    """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter).
+    """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter, how the
+    distances lie, as from `distance_histograms`).
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by both. Its
     protocol, all cameras, is scored only where each query ranks all others, gallery None. A Hamming parameter of None
     is tuned on these crops, if attributes are predicted. With --rerank, a row for that.
     """
-    threshold = mean_distance(query, gallery) if args.threshold == "mean" else args.threshold
-    chosen, results = EVERY | {"threshold": lambda rows, distances, differ: distances < threshold}, {}
+    curve, results = distance_histograms(query, gallery), {}
+    threshold = curve["mean"] if args.threshold == "mean" else args.threshold
+    chosen = EVERY | {"threshold": (threshold, len(ATTRIBUTES))}
     if query.log_p is not None:
-        tries = {k: lambda *given, k=k: given[2] <= k for k in range(len(ATTRIBUTES) + 1)}
+        tries = {k: (torch.inf, k) for k in range(len(ATTRIBUTES) + 1)}
         scores = score_selections(query, gallery, tries, cross_camera=True) if hamming is None else {}
         hamming = max(scores, key=lambda k: scores[k]["mAP"], default=hamming)  # ties go to the smallest
-        chosen["hamming"] = tries[hamming]
-        chosen["both"] = lambda *given: chosen["threshold"](*given) & chosen["hamming"](*given)
+        chosen |= {"hamming": (torch.inf, hamming), "both": (threshold, hamming)}
     crops = f"test set, {len(gallery.ids)} gallery" if gallery else f"{len(query.ids)} validation"
     for protocol in ("across cameras",) if gallery else ("all cameras", "across cameras"):
         cross = protocol == "across cameras"
@@ -548,36 +544,34 @@ def score_and_show(args, query, gallery, hamming):
     print(f"threshold: distance < {threshold:.3f}" + " (the mean of all pairs)" * (args.threshold == "mean")
           + (f"; hamming: at most {hamming} of {len(ATTRIBUTES)} predicted attributes differ" if "both" in chosen else
              "; no Hamming filter: it predicts no attributes"))
-    return results, threshold, hamming
+    return results, threshold, hamming, curve
 
 
-def draw_distances(path, curve):
+def draw_distances(path, curve, prior):
     """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each; and what probability
-    follows from that, from 0 to 100 % over the height: -> as `same_person`."""
-    edges, font, (p, half, share) = curve["edges"].numpy(), ImageFont.load_default(40), same_person(curve)
+    of the same person follows from that, from 0 to 100 % over the height."""
+    edges, font, (p, half, _) = curve["edges"], ImageFont.load_default(40), same_person(curve, prior)
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
-    shares = {name: (100 * n.view(-1, 10).sum(1) / n.sum()).numpy() for name, n in counts.items()}
-    high, lines = max(map(np.max, shares.values())), [(name, edges[5::10], values) for name, values in shares.items()]
-    lines.append((f"same person (50 % at {half:.2f})", edges, high * p))
+    lines = {name: 100 * n.view(-1, 10).sum(1) / n.sum() for name, n in counts.items()}
+    end, high = edges[-1].item(), max(line.max().item() for line in lines.values())
+    lines[f"same person (50 % at {half:.2f})"] = high * p(edges[5::10])
     picture, legend = Image.new("RGB", (2240, 1240), "white"), 2200
     pen = ImageDraw.Draw(picture)
 
     def at(x, y):
-        return np.interp(x, (0, edges[-1]), (140, 2080)), np.interp(y, (0, high), (1140, 150))
+        return 140 + 1940 * x / end, 1140 - 990 * y / high
 
-    across, up = (np.arange(0, end, float(f"{end / 5:.0e}")) for end in (edges[-1], high))  # round numbers
-    marks = [((x, 0), f"\n{x:.6g}", common.INK, font, "ma") for x in across] + [
-        ((0, y), f"{y:.6g} % ", common.INK, font, "rm") for y in up] + [
-        ((edges[-1], high * k / 4), f" {25 * k} %", common.COLOURS[2], font, "lm") for k in range(5)]
-    for place, *mark in marks:
-        pen.text(at(*place), *mark)
-    for (name, x, y), colour in zip(lines, common.COLOURS):
-        pen.line([at(*point) for point in zip(x, y)], colour, 8, joint="curve")
+    for x in np.arange(0, end, float(f"{end / 5:.0e}")):  # round numbers
+        pen.text(at(x, 0), f"\n{x:.6g}", common.INK, font, "ma")
+    for k in range(5):
+        pen.text(at(0, high * k / 4), f"{high * k / 4:.1f} % ", common.INK, font, "rm")
+        pen.text(at(end, high * k / 4), f" {25 * k} %", common.COLOURS[2], font, "lm")
+    for (name, line), colour in zip(lines.items(), common.COLOURS):
+        pen.line([at(x, y) for x, y in zip(edges[5::10].tolist(), line.tolist())], colour, 8, joint="curve")
         pen.text((legend, 60), name, colour, font, "rm")
         legend -= pen.textlength(name, font) + 60
     pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
     common.write_picture(path, picture.reduce(2))
-    return p, half, share
 
 
 def load(args, checkpoint):
@@ -594,23 +588,21 @@ def load(args, checkpoint):
 def evaluate(args, networks, checkpoint, seconds):
     """Score a checkpoint: validation under both protocols, then the official test set, with the Hamming parameter tuned
     on validation."""
-    curve = checkpoint.get("distances")
     with common.timed(seconds, "loading"):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
     rows = par.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
     real = (test[1].person_ids != -1).nonzero()[:, 0]  # junk takes no part in anything, nor in the mean distance
     with common.timed(seconds, "embedding"):
         query, gallery = embed(networks, test[0]), embed(networks, test[1], real)
-        validation = embed(networks, train, rows) if curve else None
+        validation = embed(networks, train, rows) if len(rows) else None
     with common.timed(seconds, "ranking"):
         hamming = len(ATTRIBUTES) if args.hamming is None else args.hamming  # of 12: nothing is rejected
-        if curve:
-            *_, hamming = score_and_show(args, validation, None, args.hamming)
-        score_and_show(args, query, gallery, hamming)
+        if validation:
+            *_, hamming, curve = score_and_show(args, validation, None, args.hamming)
+        *_, found = score_and_show(args, query, gallery, hamming)
     print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
           "buys is the precision of the returned lists, to the right with their recall and mean length.")
-    if curve:
-        found = distance_histograms(query, gallery, curve["edges"][-1].item())
+    if validation:
         show_calibration("test set", curve, found, args.prior)
     if args.show:
         show(args.out.with_name("show.png"), query, gallery, test, real, args.show)
@@ -673,19 +665,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
         names, sizes, times, *values = load_index(args.embed, checkpoint, seconds).values()
         known = dict(zip(zip(names.tolist(), sizes.tolist(), times.tolist()), zip(*values)))
     new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
-
-    def save():
-        rows = [(*fact, *known[fact]) for fact in facts.values() if fact in known]
-        if not rows:
-            raise UserError(f"No image could be read from {path or args.gallery}.")
-        index = dict(zip(INDEX, map(np.array, zip(*rows))))
-        if args.embed:
-            arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
-            common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
-            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape), flush=True)
-        return index
-
-    for done in range(0, len(new), BLOCK):
+    for done in range(0, max(1, len(new)), BLOCK):
         with common.timed(seconds, "reading"):
             images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
         with common.timed(seconds, "embedding"):
@@ -695,9 +675,16 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
                 known.update(zip(map(facts.get, read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
         left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + BLOCK) - 1)
         common.progress(f"embedded {done + BLOCK} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
-        if args.embed and done // BLOCK % SAVED == SAVED - 1 and left > 0:
-            save()
-    return save()
+        if left > 0 and not (args.embed and done // BLOCK % SAVED == SAVED - 1):
+            continue
+        if not (rows := [(*fact, *known[fact]) for fact in facts.values() if fact in known]):
+            raise UserError(f"No image could be read from {path or args.gallery}.")
+        index = dict(zip(INDEX, map(np.array, zip(*rows))))
+        if args.embed:
+            arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
+            common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
+            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape), flush=True)
+    return index
 
 
 def load_index(path, checkpoint, seconds):
@@ -743,7 +730,7 @@ def search(args, networks, checkpoint, seconds):
         found = [] if crops.log_p is None else par.most_probable(crops.log_p[i:i + 1])[0][0].tolist()
         return [f"{attribute} {classes[c]}" for (attribute, classes), c in zip(ATTRIBUTES.items(), found)]
 
-    p, half, share = same_person(curve, args.prior) if curve else (None, None, None)
+    probability, half, share = same_person(curve, args.prior) if curve else (torch.zeros_like, None, None)
     for i, distances in enumerate(row for _, chunk in distance_chunks(asked, crops) for row in chunk):
         query, described, lines = query_path(i), describe(asked, i), []
         rows.append([(query, ["query", query.stem, *described], None)])
@@ -751,7 +738,7 @@ def search(args, networks, checkpoint, seconds):
         hits = [(path(g), g, d) for g, d in zip(nearest.indices.tolist(), nearest.values.tolist())]
         hits = [hit for hit in hits if hit[0].resolve() != query.resolve()][:args.top]
         for rank, (file, g, d) in enumerate(hits, 1):
-            sure = np.interp(d, curve["edges"], p) if curve else 0
+            sure = probability(torch.tensor(d)).item()
             told, colour = f"{100 * sure:.1f} %" if curve else "-", MATCH if sure >= 0.5 else common.GREY
             differ = [theirs for ours, theirs in zip(described, describe(crops, g)) if ours != theirs]
             alike = f"{len(described) - len(differ)} of {len(described)}" if described else "-"
@@ -799,11 +786,6 @@ def fingerprint(checkpoint):
     return [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
 
 
-def threshold(text):
-    """An argparse type: "mean" or a distance."""
-    return text if text == "mean" else common.number(float, 0)(text)
-
-
 def parser():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -822,8 +804,8 @@ def parser():
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
-    add("--threshold", type=threshold, default="mean", metavar="T", help="distance below which crops are returned: a "
-        "number, or mean, of all pairs (mean, report section 4.2.1)")
+    add("--threshold", type=lambda text: text if text == "mean" else float(text), default="mean", metavar="T",
+        help="distance below which crops are returned: a number, or mean, of all pairs (mean, report section 4.2.1)")
     add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among all pairs, "
         "for the probability of the same person (that of the validation crops)")
     group = parser.add_argument_group("with --eval")
@@ -841,15 +823,14 @@ def parser():
 
 def main(args):
     asked = [flag for flag in ("embed", "show", "search", "find", "gallery") if getattr(args, flag) is not None]
-    if args.compare and not args.init:
-        raise UserError("--compare trains with and without transfer, so it needs --init FILE, a checkpoint of par.py.")
+    if args.compare and (not args.init or args.identities == "all"):
+        raise UserError("--compare trains with and without transfer and compares on validation identities: it needs "
+                        "--init FILE, a checkpoint of par.py, and not --identities all, which leaves none.")
     if asked and not args.eval:
         raise UserError(f"--{asked[0]} needs --eval FILE, the checkpoint to do it with.")
     if asked in (["search"], ["find"], ["gallery"], ["show", "gallery"]):
         raise UserError("--search QUERY, or --find, goes with --gallery FOLDER, the images to search, and --gallery "
                         "with one of these or --embed.")
-    if args.compare and args.identities == "all":
-        raise UserError("--compare compares on validation identities, and --identities all leaves none.")
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out} would replace the checkpoint of --init: give it another name.")
     source, kind = (args.eval, "reid") if args.eval else (args.init, "par")
