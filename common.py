@@ -200,15 +200,6 @@ def user_files(paths):
     return files
 
 
-def read_user_images(paths, size):
-    """Read the user's own images: -> Market of unknown people."""
-    crops, read = read_crops(user_files(paths), size, skip=True)
-    if not read:
-        raise UserError(f"No image could be read from {', '.join(map(str, paths))}.")
-    unknown = torch.zeros(len(read), dtype=torch.int64)
-    return Market(crops, unknown, unknown, torch.full((len(read), len(ATTRIBUTES)), -1), list(map(str, read)))
-
-
 def split_identities(person_ids, fraction=0.6, seed=0):
     """Split by identity, all crops of one on one side ([report] section 2): (train [N] bool, validation [N] bool)."""
     ids = person_ids.unique()
@@ -279,8 +270,7 @@ class Backbone(nn.Module):
     def __init__(self, state=None, stride=2):
         super().__init__()
         net = resnet18()
-        if state is not None:
-            net.load_state_dict(state)
+        net.load_state_dict(state or net.state_dict())
         net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (stride, stride)
         for module in net.layer4.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -675,8 +665,7 @@ def shared_flags(parser, epochs, lr, batch, out, rungs):
     parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
     add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
-    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="leave out of --recipe strong: "
-        + ", ".join(rungs))
+    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="of strong: " + ", ".join(rungs))
     add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")

@@ -268,25 +268,26 @@ def predict_files(args, record, checkpoint):
     """Write the attributes of the user's own images, as CSV on standard output; with --sheet and --maps also drawn."""
     model, seconds = load(args, checkpoint), record["seconds"]
     with common.timed(seconds, "reading"):
-        market = common.read_user_images(args.predict, args.size)
+        crops, files = common.read_crops(common.user_files(args.predict), args.size, skip=True)
+    if not files:
+        raise UserError(f"No image could be read from {', '.join(map(str, args.predict))}.")
     with common.timed(seconds, "predicting"):
-        found, sure = predict(model, market.images)
+        found, sure = predict(model, crops)
     named = [[classes[c] for classes, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
-    table.writerows([name, *row, *(f"{v:.3f}" for v in p)] for name, row, p in zip(market.names, named, sure.tolist()))
+    table.writerows([name, *row, *(f"{v:.3f}" for v in p)] for name, row, p in zip(files, named, sure.tolist()))
     common.say_seconds(seconds, sys.stderr)
     captions = [[f"{a}: {c}  {v:.2f}" for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
-    shown = [*zip(market.images, (Path(name).stem for name in market.names), captions)][:60]
+    shown = [*zip(crops, (file.stem for file in files), captions)][:60]
     if args.sheet:
         cells = [(crop, [name, *lines], None) for crop, name, lines in shown]
         common.sheet(args.out.with_name("par_sheet.png"), [cells[i:i + 6] for i in range(0, len(cells), 6)])
     if args.maps:
-        some = market.images[:20]
-        maps = F.interpolate(activation_maps(model, some, found[:20]), some.shape[2:], mode="bilinear")[:, :, None]
-        maps = maps - maps.amin((3, 4), keepdim=True)
+        maps = activation_maps(model, crops[:20], found[:20])
+        maps = F.interpolate(maps - maps.amin((2, 3), keepdim=True), crops.shape[2:], mode="bilinear")[:, :, None]
         share = 0.7 * (maps / maps.amax((3, 4), keepdim=True).clamp(min=1e-9)) ** 2  # [n, 12, 1, H, W]
-        lit = (some[:, None] * (1 - share) + torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1) * share).byte()  # orange
+        lit = (crops[:20, None] * (1 - share) + torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1) * share).byte()  # orange
         common.sheet(args.out.with_name("par_maps.png"), height=192, rows=[
             [(crop, [name], None), *((mapped, [line], None) for mapped, line in zip(row, lines))]
             for (crop, name, lines), row in zip(shown, lit)])
@@ -323,8 +324,7 @@ def parser():
     add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
         "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
     add("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of focal losses (2, Lin et al. 2018)")
-    add("--head", choices=("linear", "conv"), default="linear", help="of each attribute: linear in the mean over the "
-        "feature map, or convolution and attention over its places (linear)")
+    add("--head", choices=("linear", "conv"), default="linear", help="conv: each attribute looks for itself (linear)")
     add("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     instead("--eval", type=Path, metavar="FILE", help="score this checkpoint of par.py")
@@ -333,7 +333,7 @@ def parser():
     add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
     add("--sheet", action="store_true", help="with --predict: draw the images with their attributes, par_sheet.png")
     add("--maps", action="store_true", help="with --predict: draw where each attribute comes from, par_maps.png")
-    common.shared_flags(parser, (15, 20), (3e-4, 2e-3), (32, 64), "par_best.pt", RUNGS)
+    common.shared_flags(parser, (15, 10), (3e-4, 2e-3), (32, 64), "par_best.pt", RUNGS)
     return parser
 
 

@@ -833,7 +833,7 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     folder, checkpoint = shutil.copytree(market / "query", tmp_path / "mine"), torch_load(trained.reid)
     arguments = ("--eval", trained.reid, "--gallery", folder, "--out", folder / "r.pt", "--top")
     out, _ = run(reid, *arguments, 4, "--search", folder)
-    images, networks = common.read_user_images([market / "query"], (64, 32)), reid.load(CPU, checkpoint)
+    images, networks = common.load_market(market, "query", (64, 32)), reid.load(CPU, checkpoint)
     crops, names = reid.embed(networks, images), [Path(name).name for name in images.names]
     distances, (sure, _, share) = torch.cdist(crops.features, crops.features), reid.same_person(checkpoint["distances"])
     alike = crops.attributes @ crops.attributes.T
