@@ -36,8 +36,7 @@ from common import ATTRIBUTES, SIZES, UserError
 # after an epoch (README): a small margin leaves few triplets a loss, a large one pushes on what is apart already.
 MARGIN = 10.0
 MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
-# What the strong recipe is made of, each of which --without leaves out: three losses, the BNNeck, label smoothing, its
-# augmentation, its optimizer, and the mirror image at test.
+# What --without can leave out of the strong recipe; "neck" is the BNNeck, "mirror" at test.
 RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "stride", "erasing", "shift", "muon", "mirror"]
 
 
@@ -60,12 +59,11 @@ def cluster_histograms(images, clusters, seed=0):
         histograms.append(torch.bincount(codes.flatten(), minlength=512 * len(part)))
     histograms = torch.cat(histograms).view(-1, 512)
     points = (histograms / histograms.sum(1, keepdim=True)).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(min(clusters, len(points)), generator=generator, dtype=torch.float64).tolist()
+    draws = torch.rand(min(clusters, len(points)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     nearest = torch.full((len(points),), 4.0, device=points.device)  # squared distance to the nearest centre so far
     centres = points[:0]
-    for draw in draws:  # k-means++ (Arthur and Vassilvitskii 2007): the next centre in proportion to that distance
+    for draw in draws.tolist():  # k-means++ (Arthur and Vassilvitskii 2007): the next in proportion to that
         mass = nearest.cumsum(0)
         pick = torch.searchsorted(mass, (draw * mass[-1]).view(1)).clamp(max=len(points) - 1)
         centres = torch.cat([centres, points[pick]])
@@ -480,9 +478,6 @@ def train(args, record, stage_1, market, split):
     state = None if stage_1 else common.backbone_weights(args)
     with common.timed(record["seconds"], "preparing"):
         model, plan, criterion = recipe(args, market, rows, state)
-    seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
-    if len(validation) and len(seen) == len(seen.unique()):
-        raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
     if stage_1:
         own, given = model.state_dict(), stage_1["model"]
         model.load_state_dict({k: given[k] if k in given and given[k].shape == v.shape else v for k, v in own.items()})
@@ -794,25 +789,22 @@ def parser():
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py, with its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
     add = parser.add_argument_group("to train").add_argument
-    add("--identities", choices=("train", "all"), default="train", help="of the 60 %% that stage 1 trains on, or of "
-        "all: then nothing is left to validate on, and the last epoch is kept (train)")
+    add("--identities", choices=("train", "all"), default="train", help="all: validates on none, keeps the last epoch")
     add("--compare", action="store_true", help="train with and without --init: table 1")
     add("--margin", type=common.number(float, 0), default=MARGIN, metavar="M", help="squared distance (%(default)s)")
     add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
     add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
-    add("--negatives", choices=("cluster", "random"), default="cluster", help="from the anchor's cluster, as in report "
-        "section 3.2.2, or from anywhere (cluster)")
+    add("--negatives", choices=("cluster", "random"), default="cluster", help="of the anchor's cluster, or of any")
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
     add("--threshold", type=lambda text: text if text == "mean" else float(text), default="mean", metavar="T",
-        help="distance below which crops are returned: a number, or mean, of all pairs (mean, report section 4.2.1)")
+        help="distance below which crops are returned (mean: of all pairs, report section 4.2.1)")
     add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among all pairs, "
         "for the probability of the same person (that of the validation crops)")
     group = parser.add_argument_group("with --eval")
     add, only = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    only("--embed", type=Path, metavar="FILE", help="write embeddings to this .npz file: of the test set or, as an "
-        "index that goes on where it was cut off and can be moved with a folder beside it, of --gallery")
+    only("--embed", type=Path, metavar="F.npz", help="write embeddings of the test set, or of --gallery: an index")
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N of the test set's ranked lists, show.png")
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")

@@ -1422,7 +1422,7 @@ def test_data_that_fit_no_checkpoint_no_triplet_or_no_score_are_named(market, tr
     run(reid, "--data", lonely, error="No triplet can be formed")
     for path in crops_of(root):
         path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s")))
-    run(reid, "--data", root, error="No validation identity is seen by two cameras")
+    run(reid, "--data", root, "--epochs", 1, error="No query has a match in the gallery, so there is nothing to score")
 
 
 @pytest.mark.parametrize("step, epoch", [(2, 1), (7, 2)])
