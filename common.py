@@ -782,7 +782,7 @@ def run(main, parser):
     except KeyboardInterrupt:
         code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
             "stopped; the same command with --resume goes on after the last whole epoch."
-    time.sleep(0 if not other else 2 if code == 2 else 60)  # torchrun ends this one if the first has said the same
+    time.sleep(0 if not other else 5 if code == 2 else 60)  # torchrun ends this one if the first has said the same
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)

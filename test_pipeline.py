@@ -101,9 +101,10 @@ def market(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(market, tmp_path_factory):
-    """A run of each stage: their best checkpoints .par and .reid."""
+    """A run of each stage: their best checkpoints .par and .reid; beside them a data set with a crop of each person."""
     folder = tmp_path_factory.mktemp("trained")
     trained = SimpleNamespace(folder=folder, par=folder / "par.pt", reid=folder / "reid.pt")
+    common.draw_market(folder / "lonely", 6, 1, seed=0)
     for module, out in ((par, trained.par), (reid, trained.reid)):
         assert call(module, *short_run(module, market, trained), out) == 0
     return trained
@@ -132,8 +133,8 @@ def short_fit(model, data, rows, out, validate=lambda: {"f1": 1.0}, criterion=No
 
 
 def start(*commands, launcher=(), **environment):
-    """Start commands, [script, arguments...] each, in turn in a process of their own, with this file's small network."""
-    words = [str(word) for command in commands for word in (*command, "then")]
+    """Start commands, [script, arguments...] each, in turn in a process of their own, with this file's network."""
+    words = [str(getattr(word, "__name__", word)) for command in commands for word in (*command, "then")]
     return subprocess.Popen([sys.executable, "-u", *launcher, __file__, *words], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=os.environ | environment)
 
@@ -162,26 +163,23 @@ def test_drawn_market_is_the_same_each_time_and_laid_out_like_market_1501(market
     files = []
     for root in (tmp_path / "a", tmp_path / "b"):
         common.draw_market(root, 3, 2, seed=1)
-        files.append({path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()})
+        files.append({path.relative_to(root): path.read_bytes() for path in files_of(root)})
     assert files[0] == files[1] and len(files[0]) > 12
-    train, query, gallery = (common.load_market(market, part) for part in ("train", "query", "gallery"))
-    assert train.images.shape == (60, 3, 128, 64) and train.images.dtype == torch.uint8
-    assert train.names == sorted(train.names) and {-1, 0} < set(gallery.person_ids.tolist())
-    assert not torch.isin(gallery.person_ids, train.person_ids).any()
-    for person, camera in zip(query.person_ids, query.camera_ids):  # each query can be found in another camera
-        assert ((gallery.person_ids == person) & (gallery.camera_ids != camera)).any()
+    train, query, gallery = (common.load_market(market, part) for part in common.PARTS)
     assert train.labels.tolist() == [common.read_annotations(market, "train")[i] for i in train.person_ids.tolist()]
     assert all(len(train.camera_ids[train.person_ids == i].unique()) > 1 for i in train.person_ids.unique())
-    assert (gallery.labels[gallery.person_ids < 1] == -1).all() and (gallery.labels[gallery.person_ids > 0] >= 0).all()
+    for person, camera in zip(query.person_ids, query.camera_ids):  # each query can be found in another camera
+        assert ((gallery.person_ids == person) & (gallery.camera_ids != camera)).any()
+    assert {-1, 0} < set(gallery.person_ids.tolist()) and not torch.isin(gallery.person_ids, train.person_ids).any()
+    assert ((gallery.labels == -1) == (gallery.person_ids < 1)[:, None]).all()
 
 
 ROW = {"id": 1, "age": 2, "backpack": 1, "bag": 2, "handbag": 1, "clothes": 2, "down": 1, "up": 2, "hair": 1, "hat": 1,
        "gender": 2} | {a[:-5] + colour: 1 for a in ("upcolor", "downcolor") for colour in ATTRIBUTES[a][:-1]}
 ROWS = [ROW | {"upred": 2, "downbrown": 2}, ROW | {"id": 2, "downblack": 2, "hat": 2}]
-PERSON = {"age": "teenager", "gender": "female", "hair": "short", "up": "short", "down": "long", "clothes": "pants",
-          "hat": "no", "backpack": "no", "bag": "yes", "handbag": "no", "upcolor": "red", "downcolor": "brown"}
-LABELS = {k: [names.index(person[a]) for a, names in ATTRIBUTES.items()] for k, person in (
-    (1, PERSON), (2, PERSON | {"hat": "yes", "upcolor": "multi", "downcolor": "black"}))}  # what ROWS say, by name
+NAMES = "teenager female short short long pants {} no yes no {} {}"  # what ROWS say, in the order of the attributes
+LABELS = {k: [*map(tuple.index, ATTRIBUTES.values(), NAMES.format(*own).split())] for k, own in (
+    (1, ("no", "red", "brown")), (2, ("yes", "multi", "black")))}
 
 
 def csv_text(rows):
@@ -212,53 +210,36 @@ def test_mat_annotations_are_read_by_field_name_in_either_order_and_take_scipy(t
         common.read_annotations(tmp_path, "train")
 
 
-def test_training_crops_are_turned_upright_and_large_ones_decoded_few_at_a_time(tmp_path, monkeypatch):
-    exif, decode, lengths = Image.Exif(), torchvision.io.decode_jpeg, []
-    exif[0x112] = 6  # turned by 90 degrees: a camera held on its side
-    turned, large = tmp_path / "turned.jpg", tmp_path / "large.jpg"
-    Image.linear_gradient("L").resize((128, 64)).convert("RGB").save(turned, exif=exif)
-    Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 300, 3), np.uint8)).save(large, quality=95)
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda files, *rest, **named: [
-        lengths.append(len(files)), *decode(files, *rest, **named)][1:])
-    small, mixed = (common.read_crops([*[path] * 59, turned], (128, 64))[0] for path in (turned, large))
-    assert lengths[0] == 60 and sum(lengths) == 120 and max(lengths[1:]) * large.stat().st_size <= 2**22
-    monkeypatch.delattr(torchvision.io, "decode_jpeg")  # as torchvision will one day: Pillow reads them too
-    for crop in (small[0], small[59], mixed[59], *common.read_crops([turned], (128, 64))[0]):
-        assert (crop.int() - common.read_image(turned).int()).abs().max() <= 1
-
-
-def test_odd_files_sizes_and_kinds_are_read_and_others_named(tmp_path):
+def test_odd_files_sizes_and_kinds_are_read(tmp_path):
     folder, values = tmp_path / "bounding_box_train", np.linspace(0, 255, 64 * 32).reshape(64, 32)
-    gray, red = Image.fromarray(values.astype(np.uint8)), (200, 30, 30)
     folder.mkdir()
-    Image.new("RGB", (64, 128), red).save(folder / "0002_c1s1_000451_03.jpg")
-    Image.new("RGB", (30, 90), red).save(folder / "0010_c3s1_000451_03.jpg.jpg")
-    Image.new("L", (64, 128), 90).save(folder / "-1_c6s1_000451_03.jpg")
+    for mode, colour, name in (("L", 90, "-1_c6s1_1_03.jpg"), ("RGB", (200, 30, 30), "0002_c1s1_1_03.jpg"), (
+            "RGB", (30, 30, 200), "0010_c3s1_1_03.jpg.jpg")):
+        Image.new(mode, (30, 90), colour).save(folder / name)
     (folder / "Thumbs.db").write_bytes(b"x")
     data = common.load_market(tmp_path, "train", (96, 48))
     assert data.person_ids.tolist() == [-1, 2, 10] and data.camera_ids.tolist() == [6, 1, 3]
-    assert data.images.shape == (3, 3, 96, 48) and (data.labels == -1).all()
-    assert (data.images.float() - torch.tensor([[90, 90, 90], red, red]).view(3, 3, 1, 1)).abs().max() < 3
+    colours = torch.tensor([3 * [90], [200, 30, 30], [30, 30, 200]])[..., None, None]
+    assert (data.labels == -1).all() and (data.images.float() - colours).abs().max() < 3
+    (exif := Image.Exif())[0x112] = 6  # turned by 90 degrees: a camera held on its side
+    turned, gray = tmp_path / "turned.jpg", Image.fromarray(values.astype(np.uint8))
+    gray.convert("RGB").rotate(90, expand=True).save(turned, exif=exif)
     for name, mode in (("gray.png", "L"), ("palette.gif", "P"), ("cmyk.jpg", "CMYK"), ("l\u00e4ngs.bmp", "RGB")):
         gray.convert(mode).save(tmp_path / name)
-        read = common.read_image(tmp_path / name)
-        assert read.shape == (3, 64, 32) and np.abs(read.numpy() - values).max() <= 6, name
+        for read in (common.read_image(tmp_path / name), *common.read_crops([tmp_path / name, turned], (64, 32))[0]):
+            assert np.abs(read.float().numpy() - values).max() <= 6, name
     Image.new("RGBA", (10, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")  # transparency is laid on white
     assert (common.read_image(tmp_path / "clear.png") == 255).all()
-    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16 bits.png")
-    with pytest.raises(UserError, match="16 bits.png is not a readable image .more than 8 bits a channel"):
-        common.read_image(tmp_path / "16 bits.png")
 
 
 def test_split_is_by_identity_and_seeded():
     ids = torch.randint(1, 101, (3000,), generator=seeded())
-    train, validation = common.split_identities(ids, 0.6, seed=3)
+    (train, validation), (again, _), (other, _) = (common.split_identities(ids, 0.6, seed) for seed in (3, 3, 4))
     assert torch.equal(train, ~validation) and not torch.isin(ids[train], ids[validation]).any()
-    assert len(ids[train].unique()) == 60
-    assert [torch.equal(train, common.split_identities(ids, 0.6, seed)[0]) for seed in (3, 4)] == [True, False]
+    assert len(ids[train].unique()) == 60 and torch.equal(train, again) and not torch.equal(train, other)
 
 
-def test_augmentation_mirrors_half_of_the_crops_and_turns_them_by_the_drawn_angle_leaving_black():
+def test_augmentation_mirrors_turns_shifts_and_erases_as_drawn():
     crops = torch.randint(0, 256, (200, 3, 16, 8), dtype=torch.uint8)
     out = common.augment(crops, common.random_warp(200, (16, 8), seeded(), degrees=0))
     mirrored, same = ((out - other).abs().flatten(1).amax(1) < 1e-2 for other in (crops.flip(3), crops))
@@ -275,9 +256,6 @@ def test_augmentation_mirrors_half_of_the_crops_and_turns_them_by_the_drawn_angl
     white = common.augment(torch.full((50, 3, 128, 64), 255, dtype=torch.uint8), warp)
     turned = angle.abs() > math.radians(3)
     assert (white[turned][:, :, [0, 0, -1, -1], [0, -1, 0, -1]].amin(2) < 1).all() and (white[:, :, 64, 32] > 254).all()
-
-
-def test_strong_augmentation_shifts_and_erases_what_it_says_in_the_mean_colour():
     warp = common.random_warp(4000, (128, 64), seeded(), degrees=0, shift=0.05, erase=0.5)
     move, (across, down) = warp[:, :, 2], ((warp[:, k, 4] - warp[:, k, 3]) / 2 for k in (0, 1))
     assert 0.09 < move.abs().max() <= 0.1 and move.mean().abs() < 0.01  # 5 % of a side that goes from -1 to 1
@@ -295,8 +273,11 @@ def test_strong_augmentation_shifts_and_erases_what_it_says_in_the_mean_colour()
     assert all(gone.select(axis, end).any() for axis in (1, 2) for end in (0, -1))  # up to each side
 
 
-def test_muon_moves_along_the_nearest_orthogonal_matrix():
-    start, *gradients = torch.randn(3, 40, 90, generator=seeded())
+def test_the_rate_rises_then_falls_and_muon_moves_along_the_nearest_orthogonal_matrix():
+    rates = [common.learning_rate(step, 100, 3e-4, 0.1) for step in range(101)]
+    assert [rates[k] for k in (0, 9, 55, 100)] == pytest.approx([3e-5, 3e-4, 1.5e-4, 0]) and rates[100] == 0
+    assert max(rates) == pytest.approx(3e-4) and common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
+    start, *gradients = torch.randn(8, 40, 90, generator=seeded())
     matrix, momentum = start.clone().requires_grad_(), torch.zeros(40, 90)
     optimizer = common.Muon([matrix], {"lr": torch.tensor(0.002)})
     for gradient in gradients:
@@ -312,18 +293,11 @@ def test_augmentation_and_loss_do_not_lose_precision_in_training(market, tmp_pat
     """bfloat16 coordinates would be wrong by a third of a pixel, and distances in it would have two digits."""
     monkeypatch.setattr(common, "precision", lambda device: "bfloat16")
     given, data, model = [], common.load_market(market, "train"), par.AttributeNet()
-    wide = model.backbone.width
-    model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, wide, requires_grad=True))
-    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", seed=3, criterion=lambda z, rows: given.extend(
-        (z.dtype, (z[0] @ z[0].T).dtype)) or z.sum())
-    warp = common.random_warp(8, (128, 64), seeded(3))
-    assert torch.equal(given[0], common.augment(data.images[:8], warp)) and given[1:] == 2 * [torch.float32]
-
-
-def test_learning_rate_rises_then_falls_to_zero():
-    rates = [common.learning_rate(step, 100, 3e-4, 0.1) for step in range(101)]
-    assert [rates[k] for k in (0, 9, 55, 100)] == pytest.approx([3e-5, 3e-4, 1.5e-4, 0]) and rates[100] == 0
-    assert max(rates) == pytest.approx(3e-4) and common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
+    model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, model.backbone.width).requires_grad_())
+    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", seed=3,
+              criterion=lambda z, rows: given.extend((z.dtype, (z[0] @ z[0].T).dtype)) or z.sum())
+    expected = common.augment(data.images[:8], common.random_warp(8, (128, 64), seeded(3)))
+    assert torch.equal(given[0], expected) and given[1:] == 2 * [torch.float32]
 
 
 def test_backbone_normalises_loads_torchvisions_weights_and_convolves_by_matrices(tmp_path, as_users_have_it):
@@ -355,7 +329,7 @@ def some_classes(count, seed):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("kind", ["ce", "wce", "focal", "alpha"])
-def test_losses_equal_the_reports_formulas(kind, gamma):
+def test_losses_equal_the_reports_formulas_and_stay_finite(kind, gamma):
     logits = [3 * torch.randn(7, n, generator=seeded(n)).double() for n in SIZES]
     labels, expected = some_classes(7, seed=0), 0.0
     labels[2] = -1  # an image without annotation takes no part
@@ -366,54 +340,33 @@ def test_losses_equal_the_reports_formulas(kind, gamma):
             focus = (1 - p) ** gamma if kind in ("focal", "alpha") else 1
             expected -= focus * math.log(p) * (weights[k][c].item() if kind in ("wce", "alpha") else 1) / 6
     assert par.attribute_loss(logits, labels, kind, weights, gamma).item() == pytest.approx(expected, rel=1e-12)
+    sure = [torch.full((2, n), -500.0).index_fill(1, torch.tensor([0]), 500.0).requires_grad_() for n in SIZES]
+    loss = par.attribute_loss(sure, torch.tensor([[0] * 12, [1] * 12]), kind, [torch.ones(n) for n in SIZES], gamma)
+    loss.backward()  # of one image that is surely right, one that is surely wrong
+    assert loss.item() == pytest.approx(12 * 1000 / 2) and all(z.grad.isfinite().all() for z in sure)
 
 
-def test_losses_stay_finite_for_sure_and_for_wrong_predictions():
-    logits = [torch.full((2, n), -500.0).index_fill(1, torch.tensor([0]), 500.0).requires_grad_() for n in SIZES]
-    for gamma in (0.5, 2.0):
-        loss = par.attribute_loss(logits, torch.tensor([[0] * 12, [1] * 12]), "focal", None, gamma)
-        loss.backward()
-        assert loss.item() == pytest.approx(12 * 1000 / 2) and all(z.grad.isfinite().all() for z in logits)
-
-
-def test_class_weights_are_inverse_frequencies_with_mean_one():
-    column = torch.tensor([1, 1, 1, 1, 1, 2, 2, -1])  # "young" and "old" do not occur
-    weights = par.class_weights(torch.stack([column, *torch.zeros(11, 8, dtype=torch.int64)], 1))
-    assert weights[0].tolist() == pytest.approx([0, 7 / (2 * 5), 7 / (2 * 2), 0]) and weights[1].tolist() == [1, 0]
-    assert (5 * weights[0][1] + 2 * weights[0][2]) / 7 == pytest.approx(1)
-
-
-def test_score_equals_counting():
+def test_class_weights_and_scores_equal_counting():
     truth = some_classes(50, seed=0)
     guess = torch.where(some_classes(50, seed=1) % 2 == 0, truth, 0)
     truth[:, 0].clamp_(max=1), guess[:, 0].clamp_(max=2)  # class 3 occurs nowhere, class 2 in predictions alone
     guess[0, 0], truth[:5, 1] = 2, -1
-    accuracy, f1 = par.score(guess, truth)
+    (accuracy, f1), weights = par.score(guess, truth), par.class_weights(truth)
     for k, n in enumerate(SIZES):
-        pairs = [(t, g) for t, g in zip(truth[:, k].tolist(), guess[:, k].tolist()) if t >= 0]
+        pairs, scores = [(t, g) for t, g in zip(truth[:, k].tolist(), guess[:, k].tolist()) if t >= 0], []
         assert accuracy[k].item() == pytest.approx(sum(t == g for t, g in pairs) / len(pairs))
-        scores = []
         for c in range(n):
             true, claimed = [g == c for t, g in pairs if t == c], [t == c for t, g in pairs if g == c]
             if true or claimed:
                 precision, recall = (sum(x) / max(1, len(x)) for x in (claimed, true))
                 scores.append(2 * precision * recall / max(1e-9, precision + recall))
+            inverse = len(pairs) / len({t for t, _ in pairs}) / len(true) if true else 0  # so that their mean is 1
+            assert weights[k][c].item() == pytest.approx(inverse)
         assert f1[k].item() == pytest.approx(sum(scores) / len(scores))
 
 
-def test_activation_maps_add_up_to_the_logits_which_must_be_finite(trained, market):
-    model, crops = par.load(CPU, torch_load(trained.par)), common.load_market(market, "query").images[:5]
-    maps = par.activation_maps(model, crops, par.predict(model, crops)[0])
-    for k, z in enumerate(common.infer(model, crops).split(SIZES, 1)):
-        best, which = z.max(1)
-        assert torch.allclose(maps[:, k].mean((1, 2)) + model.heads[k][1].bias[which], best, atol=1e-4)
-    model.heads[3][1].bias.data.fill_(math.nan)
-    with pytest.raises(UserError, match="holds NaN or infinity: its training diverged"):
-        common.infer(model, crops)
-
-
 @pytest.mark.parametrize("head", ["linear", "conv"])
-def test_the_joint_network_gives_logits_features_and_identities(head, tmp_path):
+def test_the_joint_network_gives_logits_features_and_identities(head):
     model = par.AttributeNet(0.0, None, head, 5, ["neck", "mirror"])
     crops = torch.randint(0, 256, (6, 3, 64, 32), generator=seeded()).float()
     maps, features = model.backbone(crops)  # in training: the neck's statistics are the batch's
@@ -437,17 +390,24 @@ def test_the_joint_network_gives_logits_features_and_identities(head, tmp_path):
 # ------------------------------------------------------------------------------------------------ stage 2, by formulas
 
 
-def test_triplet_loss_equals_the_reports_formula():
-    a, p, n = torch.randn(3, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def test_triplet_losses_equal_the_reports_formula_and_the_batch_hard_one():
+    a, p, n = torch.randn(3, 9, 5, dtype=torch.float64, generator=seeded())
     gaps = [sum((a[i] - p[i]) ** 2).item() - sum((a[i] - n[i]) ** 2).item() for i in range(9)]
-    expected = sum(max(0.0, gap + 0.7) for gap in gaps) / 9
+    expected, ids, total = sum(max(0.0, gap + 0.7) for gap in gaps) / 9, torch.arange(9) // 3, 0
     assert reid.triplet_loss(a, p, n, 0.7).item() == pytest.approx(expected, rel=1e-12) and expected > 0
+    for i in range(9):  # the farthest of one's own and the nearest of others
+        own, other = ([(a[i] - a[k]).norm().item() for k in range(9) if (ids[k] == ids[i]) == same] for same in (1, 0))
+        total += math.log(1 + math.exp(max(own) - min(other)))
+    assert reid.hard_triplet_loss(a, ids).item() == pytest.approx(total / 9, rel=1e-6)
+    same = torch.zeros(4, 5, requires_grad=True)  # equal crops, and a batch of one identity: no slope is NaN
+    reid.hard_triplet_loss(same, torch.tensor([0, 0, 1, 1])).backward()
+    assert same.grad.isfinite().all() and reid.hard_triplet_loss(a[:3], ids[:3]) == 0
 
 
 def test_clusters_group_crops_by_colour():
-    colour = torch.randint(0, 4, (80,), generator=(generator := torch.Generator().manual_seed(0)))
+    colour = torch.randint(0, 4, (80,), generator=seeded())
     palette = torch.tensor([[200, 20, 20], [20, 200, 20], [20, 20, 200], [200, 200, 200]])
-    images = (palette[colour][:, :, None, None] + torch.randint(-15, 16, (80, 3, 32, 16), generator=generator)).byte()
+    images = (palette[colour][:, :, None, None] + torch.randint(-15, 16, (80, 3, 32, 16), generator=seeded(1))).byte()
     clusters = reid.cluster_histograms(images, 4, seed=0)
     assert len(clusters.unique()) == 4 and all(len(clusters[colour == c].unique()) == 1 for c in range(4))
     assert torch.equal(clusters, reid.cluster_histograms(images, 4, seed=0))
@@ -457,38 +417,28 @@ def test_clusters_group_crops_by_colour():
         reid.cluster_histograms(images[:0], 4)
 
 
-def test_every_triplet_is_valid_and_every_choice_is_possible():
-    ids = torch.tensor([7, 7, 7, 3, 3, 9, 9, 9, 9, 5, 5])
-    clusters = torch.tensor([0, 0, 1, 0, 1, 1, 2, 2, 2, 0, 2])
-    generator, seen, expected = torch.Generator().manual_seed(0), set(), set()
+def test_every_triplet_is_possible_and_groups_hold_one_identity_and_each_crop_about_once():
+    ids = torch.tensor([7, 7, 7, 3, 3, 9, 9, 9, 9, 5, 5, 2, 4, 4])  # identity 2 has a single crop, so no positive
+    clusters = torch.tensor([0, 0, 1, 0, 1, 1, 2, 2, 2, 0, 2, 1, 3, 3])  # cluster 3 has one identity: any other will do
+    generator, seen, expected = seeded(), set(), set()
     for _ in range(400):
-        triplets = reid.sample_triplets(ids, clusters, generator)
-        assert triplets.shape == (11, 3) and sorted(triplets[:, 0].tolist()) == list(range(11))
-        seen |= set(map(tuple, triplets.tolist()))
-    for a in range(11):
-        positives = [i for i in range(11) if ids[i] == ids[a] and i != a]
-        near = [i for i in range(11) if ids[i] != ids[a] and clusters[i] == clusters[a]]
-        expected |= {(a, p, n) for p in positives for n in near}
-    assert seen == expected and triplets[:, 0].tolist() != list(range(11))
-
-
-def test_triplets_fall_back_and_skip_what_has_no_positive():
-    ids, clusters = torch.tensor([1, 1, 2, 3, 3]), torch.tensor([0, 0, 0, 1, 1])
-    seen = {tuple(t) for _ in range(200) for t in reid.sample_triplets(ids, clusters).tolist()}
-    assert {t[0] for t in seen} == {0, 1, 3, 4}  # identity 2 has a single crop
-    assert {t[2] for t in seen if t[0] == 0} == {2}
-    assert {t[2] for t in seen if t[0] == 3} == {0, 1, 2}  # cluster 1 holds one identity: any other will do
-    for lonely in (torch.arange(5), torch.ones(5, dtype=torch.int64)):
+        triplets = reid.sample_triplets(ids, clusters, generator).tolist()
+        seen |= set(map(tuple, triplets))
+        assert sorted(anchor for anchor, _, _ in triplets) == [*range(11), 12, 13] and sorted(triplets) != triplets
+    for a in range(14):
+        others = [i for i in range(14) if ids[i] != ids[a]]
+        near = [i for i in others if clusters[i] == clusters[a]] or others
+        expected |= {(a, p, n) for p in range(14) if ids[p] == ids[a] and p != a for n in near}
+    assert seen == expected
+    for lonely in (torch.arange(14), torch.ones(14, dtype=torch.int64)):
         with pytest.raises(UserError, match="No triplet can be formed"):
             reid.sample_triplets(lonely, clusters)
-
-
-def test_groups_hold_one_identity_each_and_every_crop_about_once():
-    ids = torch.cat([torch.full((n,), 7 * n) for n in (1, 2, 3, 4, 5, 6, 9, 40)])[torch.randperm(70)]
+    counts = (1, 2, 3, 4, 5, 6, 9, 40)  # crops of identities 7, 14, 21, ...
+    ids = torch.cat([torch.full((n,), 7 * n) for n in counts])[torch.randperm(70)]
     for seed in range(20):
-        groups = reid.sample_groups(ids, 4, torch.Generator().manual_seed(seed))
+        groups = reid.sample_groups(ids, 4, seeded(seed))
         assert groups.shape[1] == 4 and (ids[groups] == ids[groups[:, :1]]).all()
-        for n in (1, 2, 3, 4, 5, 6, 9, 40):
+        for n in counts:
             rows = groups[ids[groups[:, 0]] == 7 * n]
             assert len(rows) == max(1, (n + 2) // 4) and len(rows.unique()) == min(n, 4 * len(rows))
             assert all(len(row.unique()) == min(n, 4) for row in rows)
@@ -496,18 +446,12 @@ def test_groups_hold_one_identity_each_and_every_crop_about_once():
     assert spread.min() < 5 and spread.max() > len(groups) - 6 and spread.diff().max() <= 8
 
 
-def test_hard_triplet_loss_takes_the_farthest_of_ones_own_and_the_nearest_of_others():
-    features = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ids = torch.arange(12) // 4
-    terms = []
-    for a in range(12):
-        far = max((features[a] - features[i]).norm().item() for i in range(12) if ids[i] == ids[a] and i != a)
-        near = min((features[a] - features[i]).norm().item() for i in range(12) if ids[i] != ids[a])
-        terms.append(math.log(1 + math.exp(far - near)))
-    assert reid.hard_triplet_loss(features, ids).item() == pytest.approx(sum(terms) / 12, rel=1e-6)
-    same = torch.zeros(4, 5, requires_grad=True)  # equal crops, and a batch of one identity: no slope is NaN
-    reid.hard_triplet_loss(same, torch.tensor([0, 0, 1, 1])).backward()
-    assert same.grad.isfinite().all() and reid.hard_triplet_loss(features[:4], ids[:4]) == 0
+def crops_of_people(count, spread):
+    """Embeddings of nine people seen by three cameras: each person's centre and noise of `spread` around it."""
+    generator = seeded()
+    ids, cameras = (torch.randint(1, high, (count,), generator=generator) for high in (10, 4))
+    features = torch.randn(10, 8, generator=generator)[ids] + spread * torch.randn(count, 8, generator=generator)
+    return reid.Crops(features, ids, cameras, None)
 
 
 def in_sevens(queries, columns):
@@ -538,9 +482,7 @@ def dense_reranking(query, gallery, k1, k2, part):
 @pytest.mark.parametrize("settings", [(20, 6, 0.3), (6, 1, 0.5), (7, 3, 0.0), (200, 6, 0.3)])
 def test_reranking_equals_the_dense_formula(settings, monkeypatch):
     monkeypatch.setattr(reid, "chunk_rows", in_sevens)
-    generator = torch.Generator().manual_seed(0)
-    centres, ids = torch.randn(9, 8, generator=generator), torch.randint(9, (90,), generator=generator)
-    features = centres[ids] + 0.5 * torch.randn(90, 8, generator=generator)
+    features = crops_of_people(90, spread=0.5).features
     chunks = [*reid.rerank_chunks(features[:15], features[15:], *settings)]
     ours = torch.cat([distances for _, distances in chunks]).numpy()
     assert [i for rows, _ in chunks for i in range(15)[rows]] == [*range(15)] and ours.dtype == np.float32
@@ -563,8 +505,7 @@ def brute_force(distances, query_ids, query_cameras, gallery_ids, gallery_camera
         hits, rectangle, trapezoid, last, first = 0, 0.0, 0.0, 0, math.inf
         for rank, g in enumerate(returned, 1):
             if gallery_ids[g] == query_ids[q]:
-                before = hits / (rank - 1) if rank > 1 else 1.0
-                hits, last, first = hits + 1, rank, min(first, rank)
+                before, hits, last, first = hits / (rank - 1) if rank > 1 else 1.0, hits + 1, rank, min(first, rank)
                 rectangle += hits / rank / matches
                 trapezoid += (before + hits / rank) / 2 / matches
         totals.append([rectangle, trapezoid, first <= 1, first <= 5, first <= 10,
@@ -573,15 +514,15 @@ def brute_force(distances, query_ids, query_cameras, gallery_ids, gallery_camera
     return dict(zip(reid.METRICS, np.mean(totals or [[math.nan]], axis=0).tolist())) | {"queries": len(totals)}
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_rank_metrics_equal_brute_force(seed, monkeypatch):
+@pytest.mark.parametrize("seed, kind", [*enumerate((torch.float32, torch.float64, torch.int64, torch.float32,
+                                                    torch.float16, torch.bfloat16, torch.float64, torch.float16))])
+def test_rank_metrics_equal_brute_force(seed, kind, monkeypatch):
     """Random rankings with junk, distractors, ties, queries without a match, empty lists; with both switches."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, queries, gallery = seeded(seed), 25, (4, 40)[seed % 2]
     draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator)
-    queries, gallery = 25, (4, 40)[seed % 2]
-    distances = torch.rand(queries, gallery, generator=generator, dtype=(torch.float32, torch.float64)[seed // 2 % 2])
-    if seed % 4 > 1:
-        distances = (distances * 6).round()  # nearly all tied
+    distances = torch.rand(queries, gallery, generator=generator)
+    distances[:, 0] = 0  # whose logarithm is -inf
+    distances = ((6 * distances).round() if seed % 4 > 1 else distances.log()).to(kind)  # nearly all tied
     sides = draw(1, 9, queries), draw(1, 4, queries), draw(-1, 7, gallery), draw(1, 4, gallery)
     monkeypatch.setattr(reid, "chunk_rows", in_sevens)
     before = distances.clone()
@@ -590,72 +531,40 @@ def test_rank_metrics_equal_brute_force(seed, monkeypatch):
             assert reid.rank_metrics(distances, *sides, keep, cross_camera) == pytest.approx(
                 brute_force(distances, *sides, keep, cross_camera), abs=1e-9)
     assert torch.equal(distances, before)
-
-
-def test_rank_metrics_edge_cases():
     one = torch.tensor([1])
-    result = reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one + 1)
-    assert result["mAP"] == result["mAP_trapezoid"] == result["rank1"] == result["mINP"] == 1 and result["queries"] == 1
-    nothing = reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one + 1, keep=torch.tensor([[False]]))
-    assert nothing["mAP"] == nothing["rank10"] == nothing["precision"] == nothing["length"] == 0
-    with pytest.raises(UserError, match="No query has a match"):
-        reid.rank_metrics(torch.tensor([[0.5]]), one, one, one, one)  # its own camera only
-    for kind in (torch.float16, torch.bfloat16, torch.int64):
-        ranked = reid.rank_metrics(torch.tensor([[1, 3, 2]], dtype=kind), one, one, torch.tensor([5, 1, 1]),
-                                   torch.tensor([2, 2, 2]), keep=torch.tensor([[1, 1, 0]], dtype=torch.uint8))
-        assert ranked["mAP"] == 0.25 and ranked["mINP"] == 0
-    with pytest.raises(UserError, match="Distances are NaN"):
-        reid.rank_metrics(torch.tensor([[float("nan")]]), one, one, one, one + 1)
-    minus = torch.tensor([[-torch.inf, 1.0]])  # of log-scores, say
-    assert reid.rank_metrics(minus, one, one, torch.tensor([1, 5]), torch.tensor([2, 2]))["mAP"] == 1
+    for value, camera, sentence in ((0.0, 1, "No query has a match"), (math.nan, 2, "Distances are NaN")):
+        with pytest.raises(UserError, match=sentence):  # its own camera's alone
+            reid.rank_metrics(torch.tensor([[value]]), one, one, one, torch.tensor([camera]))
 
 
-def crops_of_people(count, spread):
-    """Embeddings of nine people seen by three cameras: each person's centre and noise of `spread` around it."""
-    generator = torch.Generator().manual_seed(0)
-    ids, cameras = (torch.randint(1, high, (count,), generator=generator) for high in (10, 4))
-    features = torch.randn(10, 8, generator=generator)[ids] + spread * torch.randn(count, 8, generator=generator)
-    return reid.Crops(features, ids, cameras, None)
-
-
-def test_the_reports_protocol_ranks_all_others(monkeypatch):
+def test_validation_ranks_thresholds_and_counts_all_pairs(monkeypatch):
     """Each crop against every other, its own camera too, itself not; across several chunks of queries."""
-    crops = crops_of_people(60, spread=2)
     monkeypatch.setattr(reid, "chunk_rows", in_sevens)
-    for cross_camera in (False, True):
-        scores, totals = reid.score_selections(crops, None, reid.EVERY, cross_camera)["none"], []
-        for q in range(60):  # one query at a time, taken out of its gallery
-            others, one = torch.arange(60) != q, slice(q, q + 1)
-            distances = (crops.features[q] - crops.features[others]).norm(dim=1)[None]
-            totals.append(brute_force(distances, crops.ids[one], crops.cameras[one], crops.ids[others],
-                                      crops.cameras[others], None, cross_camera)["mAP"])
+    crops = crops_of_people(80, spread=1.2)
+    features, ids, cameras, curve = crops.features, crops.ids, crops.cameras, reid.distance_histograms(crops)
+    nine, everyone = reid.Crops(features[:9], ids[:9], cameras[:9]), torch.arange(80)
+    distances, same = (features[:, None] - features).norm(dim=2), ids[:, None] == ids
+    own = same & (cameras[:, None] == cameras)
+    mean, few = curve["mean"], reid.distance_histograms(nine, crops)
+    assert mean == pytest.approx(distances.sum().item() / 80 / 79, rel=1e-5)
+    assert few["mean"] == pytest.approx(distances[:9].mean().item(), rel=1e-5)
+    assert few["others"].sum() == (~same[:9]).sum() and few["matches"].sum() == (same & ~own)[:9].sum()
+    tries = {t: (t, 12) for t in (0.1, 2.0, mean, 5.0, 99.0)} | reid.EVERY
+    for cross_camera in (True, False):
+        scores, totals = reid.score_selections(crops, None, tries, cross_camera), []
+        for q in range(80):  # one query at a time, taken out of its gallery
+            rest, one = everyone[everyone != q], slice(q, q + 1)
+            totals.append(brute_force(distances[one, rest], ids[one], cameras[one], ids[rest], cameras[rest], None,
+                                      cross_camera)["mAP"])
         expected = np.nanmean(totals), np.isfinite(totals).sum()
-        assert (scores["mAP"], scores["queries"]) == pytest.approx(expected, abs=1e-9)
-
-
-def test_a_threshold_never_raises_map_and_returns_what_it_says():
-    crops = crops_of_people(60, spread=1.2)
-    features, ids, cameras, mean = crops.features, crops.ids, crops.cameras, reid.distance_histograms(crops)["mean"]
-    brute = (features[:, None] - features).norm(dim=2)
-    assert mean == pytest.approx(brute[~torch.eye(60, dtype=torch.bool)].mean().item(), rel=1e-5)
-    nine = reid.Crops(features[:9], ids[:9], cameras[:9], None)
-    assert reid.distance_histograms(nine, crops)["mean"] == pytest.approx(brute[:9].mean().item(), rel=1e-5)
-    tries = {t: (t, 12) for t in (0.1, 2.0, mean, 5.0, 99.0)}
-    scores = reid.score_selections(crops, None, tries | reid.EVERY, cross_camera=True)
-    maps = [scores[t]["mAP"] for t in sorted(tries)]
-    assert maps == sorted(maps) and maps[-1] == scores["none"]["mAP"] and maps[0] < maps[2]
-    same = (ids[:, None] == ids) & (cameras[:, None] == cameras)  # each crop itself, and its own camera's
-    assert scores[mean]["length"] == pytest.approx(((brute < mean) & ~same).sum().item() / 60)
-
-
-def test_distance_histograms_count_the_pairs():
-    crops = crops_of_people(80, spread=0.5)
-    curve, distances = reid.distance_histograms(crops), (crops.features[:, None] - crops.features).norm(dim=2)
-    same = crops.ids[:, None] == crops.ids
-    match = same & (crops.cameras[:, None] != crops.cameras)
+        assert (scores["none"]["mAP"], scores["none"]["queries"]) == pytest.approx(expected, abs=1e-9)
+        maps = [scores[t]["mAP"] for t in sorted(tries.keys() - {"none"})]  # which a threshold can only lower
+        assert maps == sorted(maps) and maps[-1] == scores["none"]["mAP"] and maps[0] < maps[2]
+        left_out = own if cross_camera else torch.eye(80, dtype=torch.bool)
+        assert scores[mean]["length"] == pytest.approx(((distances < mean) & ~left_out).sum().item() / 80)
     assert curve["edges"][-1].item() == pytest.approx(distances.max().item(), rel=1e-5)
     for k in range(50, 1001, 50):  # a pair may lie on an edge
-        for name, pairs in (("matches", match), ("others", ~same)):
+        for name, pairs in (("matches", same & ~own), ("others", ~same)):
             assert curve[name][:k].sum() == pytest.approx((distances < curve["edges"][k])[pairs].sum().item(), abs=4)
 
 
@@ -682,29 +591,20 @@ def test_probability_of_the_same_person_is_the_share_that_falls_with_the_distanc
     prior = matches.sum() / (matches.sum() + 7 * others.sum())
     q, nearer, share = reid.same_person(curve_of(matches, others), prior)
     assert np.allclose(q(edges) / (1 - q(edges)), p(edges) / (1 - p(edges)) / 7) and nearer < half and share == prior
-
-
-@pytest.mark.parametrize("matches, others", [
-    ([5, 0, 0], [0, 0, 9]), ([0, 0, 5], [9, 0, 0]), ([0, 0, 0], [0, 0, 0]), ([1, 0, 0], [0, 0, 0]),
-    ([0, 0, 0], [0, 1e9, 0]), ([0, 1, 0], [0, 1, 0])], ids=str)
-def test_probability_stays_within_0_and_1_and_falls_however_few_the_pairs(matches, others):
-    for prior in (None, 1e-12, 0.5, 1 - 1e-6):
-        p, half, share = reid.same_person(curve_of(matches, others), prior)
+    for few, prior in itertools.product(("500 009", "005 900", "000 000", "100 000", "000 010", "010 010"), (
+            None, 1e-12, 0.5, 1 - 1e-6)):  # three bins of matches, three of others
+        p, half, share = reid.same_person(curve_of(*([int(n) for n in counts] for counts in few.split())), prior)
         p = p(np.linspace(0, 2, 9))
         assert ((p > 0) & (p < 1)).all() and (np.diff(p) <= 1e-15).all() and 0 <= half <= 2 and 0 <= share <= 1
 
 
 def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
-    def crops_with(classes):
-        log_p = torch.cat([F.one_hot(column, n) for column, n in zip(classes.T, SIZES)], 1).float().log()
-        return reid.Crops(torch.randn(40, 4, generator=torch.Generator().manual_seed(1)), ids + 1, cameras, log_p)
-    ids, cameras, labels = torch.arange(40) % 8, torch.arange(40) // 8, some_classes(40, seed=0)
-    hot = crops_with(labels).attributes
-    assert torch.equal((hot @ hot.T).long(), (labels[:, None] == labels).sum(2))
-    known = labels[ids].clone()
+    ids, cameras, known = torch.arange(40) % 8, torch.arange(40) // 8, some_classes(8, seed=0).repeat(5, 1)
     known[:, 0] = cameras % 4  # identities differ in one attribute between cameras, and from others in more
-    crops = crops_with(known)
+    log_p = torch.cat([F.one_hot(column, n) for column, n in zip(known.T, SIZES)], 1).float().log()
+    crops = reid.Crops(torch.randn(40, 4, generator=seeded(1)), ids + 1, cameras, log_p)
     distances, differ = torch.cdist(crops.features, crops.features), (known[:, None] != known).sum(2)
+    assert torch.equal(12 - crops.attributes @ crops.attributes.T, differ.float())
     maps = [brute_force(distances, ids, cameras, ids, cameras, differ <= k, True)["mAP"] for k in range(13)]
     args = SimpleNamespace(threshold="mean", rerank=False, eval=None, out="o.pt")
     assert reid.score_and_show(args, crops, None, None)[2] == int(np.argmax(maps)) == 1 and maps[1] > maps[12] + 0.1
@@ -722,111 +622,112 @@ def test_both_stages_write_checkpoint_and_record_and_stage_2_figure_3(trained):
     record, saved = record_of(trained.par), common.load_checkpoint(trained.par, "par")
     assert [row["epoch"] for row in record["epochs"]] == [1, 2, 3] and record["arguments"]["loss"] == "wce"
     assert {"loss", "lr", "seconds", "images_per_second", "f1", "accuracy"} <= set(record["epochs"][0])
-    assert record["data"]["drawn demo set"] and record["versions"]["torch"] == torch.__version__
-    assert {"loading", "training", "validation"} < set(record["seconds"]) and record["peak_memory_MB"]
+    assert record["data"]["drawn demo set"] and record["versions"] and record["seconds"] and record["peak_memory_MB"]
     best, f1 = max(record["epochs"], key=lambda row: row["f1"]), record["final"]["validation"]["f1"]
-    assert set(f1) == {*ATTRIBUTES, "global"} and f1["global"] == pytest.approx(best["f1"], abs=1e-4)
-    assert saved["record"]["run"] == record["run"] and record["best epoch"] == best["epoch"]
+    assert record["best epoch"] == best["epoch"] and f1["global"] == pytest.approx(best["f1"], abs=1e-4)
     assert torch.cat([saved["train_ids"], saved["validation_ids"]]).sort()[0].tolist() == [*range(1, 11)]
-    stage_2, final = torch_load(trained.reid), record_of(trained.reid)["final"]["validation"]
+    stage_2, record = torch_load(trained.reid), record_of(trained.reid)
     assert torch.equal(saved["train_ids"], stage_2["train_ids"])
     assert all(torch.equal(v, stage_2["stage 1"]["model"][k]) for k, v in saved["model"].items())
-    best, across = max(row["mAP"] for row in record_of(trained.reid)["epochs"]), final["across cameras"]
-    assert across["none"]["mAP"] == pytest.approx(best, abs=1e-6) and "all cameras" in final
+    best, across = max(row["mAP"] for row in record["epochs"]), record["final"]["validation"]["across cameras"]
+    assert across["none"]["mAP"] == pytest.approx(best, abs=1e-6)
     assert across["both"]["length"] <= min(across[name]["length"] for name in ("threshold", "hamming"))
-    figure_3 = Image.open(trained.reid.with_suffix(".png"))
+    figure_3, (_, half, share) = Image.open(trained.reid.with_suffix(".png")), reid.same_person(stage_2["distances"])
     assert figure_3.size == (1120, 620) and figure_3.info["Software"] == common.SOFTWARE
-    _, half, share = reid.same_person(stage_2["distances"])
-    assert record_of(trained.reid)["final"]["same person"] == {"distance": half, "share of matches": share}
-    assert {p.name for p in trained.folder.iterdir()} == {"reid.png"} | {
+    assert record["final"]["same person"] == {"distance": half, "share of matches": share}
+    assert {p.name for p in trained.folder.iterdir()} == {"reid.png", "lonely"} | {
         f"{kind}.{end}" for kind in ("par", "reid") for end in ("pt", "last", "json")}
 
 
-def test_stage_1_scores_and_counts(trained, market, tmp_path, run):
+def test_stage_1_scores_counts_and_compares_the_losses(trained, market, tmp_path, run):
     (shutil.copytree(market, tmp_path / "copy") / "annotations_test.csv").unlink()
     out, unscored = (run(par, "--eval", trained.par, "--data", data)[0] for data in (market, tmp_path / "copy"))
     assert "The test crops have no annotations: not scored." in unscored
     assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out
+    data, rows = common.load_market(market, "train"), table_of(out, "validation crops")
     f1 = [100 * v for v in record_of(trained.par)["final"]["validation"]["f1"].values()]
-    assert [float(row[3]) for row in table_of(out, "validation crops")] == pytest.approx(f1, abs=0.01)
-    data = common.load_market(market, "train")
     training, validation = par.saved_split(torch_load(trained.par), data.person_ids, trained.par)
     commonest = (data.labels[validation] == data.labels[training].mode(0).values).float().mean(0)
-    rows = table_of(out, "validation crops", 12)
-    assert [float(row[2]) for row in rows] == pytest.approx((100 * commonest).tolist(), abs=0.01)
+    commonest = (100 * torch.cat([commonest, commonest.mean(0, True)])).tolist()
+    assert [[float(v) for v in row[2:4]] for row in rows] == [pytest.approx(v, abs=0.01) for v in zip(commonest, f1)]
     black = (data.labels[:, 10] == 0).sum().item()
     rows = [row[:4] for row in table_of(run(par, "--stats")[0], "Table 4")]
     assert ["upcolor", "black", str(black), f"{100 * black / 60:.2f}"] in rows and len(rows) == sum(SIZES)
-    assert Image.open(tmp_path / "par_stats.png").size == (1240, 40 * (sum(SIZES) + 2))
+    rows = table_of(run(par, "--loss", "all", *QUICK)[0], "Table 3")
+    assert [row[0] for row in rows] == [*map(str.capitalize, ATTRIBUTES), "Global"]
+    for k, kind in enumerate(par.LOSSES, 1):
+        record = record_of(tmp_path / f"o_{kind}.pt")
+        f1 = [100 * v for v in record["final"]["validation"]["f1"].values()]
+        assert record["arguments"]["loss"] == kind and [float(row[k]) for row in rows] == pytest.approx(f1, abs=0.01)
 
 
-def test_stage_1_predicts_what_can_be_read_and_names_the_rest_once(trained, market, tmp_path, run, monkeypatch):
+def test_stage_1_predicts_and_maps_what_can_be_read_and_names_the_rest(trained, market, tmp_path, run, monkeypatch):
     folder, crop = shutil.copytree(market / "query", tmp_path / "mine"), crops_of(market)[0]
-    (folder / ".hidden").mkdir()
     large, odd = folder / "large.png", folder / ("odd \u00e4.png" if os.name == "nt" else "two\nlines \u00e4.webp")
-    for path in (large, odd, folder / ".hidden" / "x.png"):
+    for path in (large, odd, folder / ".hidden.png"):
         Image.new("RGB", (400, 300), "blue").save(path)
     Image.new("L", (4100, 3000)).save(folder / "bomb.png")
+    Image.new("I;16", (40, 30)).save(folder / "deep.png")
     for name, length in (("empty.png", 0), ("text.jpg", 3), ("Thumbs.db", 3), ("cut.png", 300)):
         (folder / name).write_bytes(large.read_bytes()[:length])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_000_001)
     out, err = run(par, "--eval", trained.par, "--predict", tmp_path / "nowhere", folder, crop, "--sheet", "--maps")
     skipped = [line for line in err.splitlines() if line.startswith("Skipped: ")]
-    for name in ("nowhere", "bomb.png", "cut.png", "empty.png", "text.jpg"):
-        assert len(skipped) == 5 and sum(name in line for line in skipped) == 1
+    for name in ("nowhere", "bomb.png", "cut.png", "empty.png", "text.jpg", "deep.png is not a readable image (more"):
+        assert len(skipped) == 6 and sum(name in line for line in skipped) == 1
     rows, model = [*csv.DictReader(out.splitlines(True))], par.load(CPU, torch_load(trained.par))
     paths = [*sorted({*folder.glob("*.jpg"), large, odd} - {folder / "text.jpg"}), crop]
     assert [row["file"] for row in rows] == list(map(str, paths))
-    logits = common.infer(model, common.read_crops(paths, (64, 32))[0])
-    for (a, names), z in zip(ATTRIBUTES.items(), logits.split(SIZES, 1)):
-        best, which = z.softmax(1).max(1)
-        assert [float(row[f"{a}_probability"]) for row in rows] == pytest.approx(best.tolist(), abs=0.02)
+    crops, _ = common.read_crops(paths, (64, 32))
+    maps, logits = par.activation_maps(model, crops, par.predict(model, crops)[0]), common.infer(model, crops)
+    for k, ((a, names), z) in enumerate(zip(ATTRIBUTES.items(), logits.split(SIZES, 1))):
+        (best, which), sure = z.max(1), z.softmax(1).amax(1)
+        assert [float(row[f"{a}_probability"]) for row in rows] == pytest.approx(sure.tolist(), abs=0.02)
         assert np.mean([row[a] == names[c] for row, c in zip(rows, which.tolist())]) > 0.9
+        assert torch.allclose(maps[:, k].mean((1, 2)) + model.heads[k][1].bias[which], best, atol=1e-4)
     assert Image.open(tmp_path / "par_sheet.png").size == (6 * 166 + 8, 4 * (256 + 13 * 18 + 24) + 8)
     assert Image.open(tmp_path / "par_maps.png").size == (13 * 166 + 8, 20 * (192 + 18 + 24) + 8)
+    model.heads[3][1].bias.data.fill_(math.nan)
+    with pytest.raises(UserError, match="holds NaN or infinity: its training diverged"):
+        common.infer(model, crops)
 
 
-def test_the_four_losses_side_by_side(tmp_path, run):
-    rows = table_of(run(par, "--loss", "all", *QUICK)[0], "Table 3")
-    assert [row[0] for row in rows] == [*map(str.capitalize, ATTRIBUTES), "Global"]
-    for k, kind in enumerate(par.LOSSES, 1):
-        f1 = record_of(tmp_path / f"o_{kind}.pt")["final"]["validation"]["f1"]
-        assert torch_load(tmp_path / f"o_{kind}.pt")["record"]["arguments"]["loss"] == kind
-        assert [float(row[k]) for row in rows] == pytest.approx([100 * v for v in f1.values()], abs=0.01)
-
-
-def test_stage_2_exports_and_scores_the_test_set_and_shows_it_from_best_to_worst(trained, market, tmp_path, run):
-    run(reid, "--eval", trained.reid, "--embed", tmp_path / "f.npz")
-    arrays, model = dict(np.load(tmp_path / "f.npz")), reid.load(CPU, torch_load(trained.reid))[0]
+def test_stage_2_exports_scores_and_shows_the_test_set_and_needs_no_annotations(trained, market, tmp_path, run):
+    root = shutil.copytree(market, tmp_path / "copy")
+    for path in root.glob("*.csv"):
+        path.write_bytes(b"\xff\xfe\x00\x81")
+    run(reid, "--data", root, *QUICK)
+    run(reid, "--data", root, "--eval", trained.reid, "--embed", tmp_path / "f.npz")
+    arrays, checkpoint, sides = dict(np.load(tmp_path / "f.npz")), torch_load(trained.reid), []
     for part in ("query", "gallery"):
         data = common.load_market(market, part, (64, 32))
-        assert arrays[f"{part}_names"].tolist() == data.names and np.array_equal(arrays[f"{part}_ids"], data.person_ids)
-        assert np.array_equal(arrays[f"{part}_cameras"], data.camera_ids)
-        assert np.allclose(arrays[f"{part}_features"], common.infer(model, data.images), atol=1e-5)
-    out, _ = run(reid, "--eval", trained.reid, "--hamming", 3, "--threshold", 1.5, "--show", 3)
+        values = common.infer(reid.load(CPU, checkpoint)[0], data.images), data.person_ids, data.camera_ids, data.names
+        for key, value in zip(("features", "ids", "cameras", "names"), values):
+            assert (np.allclose if key == "features" else np.array_equal)(arrays[f"{part}_{key}"], value)
+        sides += values[:3]
+    command = "--data", root, "--eval", trained.reid, "--hamming", 3, "--threshold", 1.5
+    out, _ = run(reid, *command, "--show", 3)
     assert "distance < 1.500" in out and "at most 3 of 12" in out and f"| {trained.reid}\n" in out
-    q, g, *sides = (torch.from_numpy(arrays[k]) for k in (
-        "query_features", "gallery_features", "query_ids", "query_cameras", "gallery_ids", "gallery_cameras"))
-    expected = brute_force(torch.cdist(q, g), *sides, None, True)["mAP"]
+    q, ids, cameras, g, theirs, seen = sides
+    expected = brute_force(torch.cdist(q, g), ids, cameras, theirs, seen, None, True)["mAP"]
     assert table_of(out, ", test set, ")[0][:2] == ["none", f"{100 * expected:.2f}"]
-    # What is promised of each pair of the test set, and whether it matches, one by one.
-    for prior, out in ((None, out), (0.3, run(reid, "--eval", trained.reid, "--prior", 0.3)[0])):
-        p, steps = reid.same_person(torch_load(trained.reid)["distances"], prior)[0], {}
-        for i, k in itertools.product(range(len(q)), (sides[2] >= 0).nonzero()[:, 0].tolist()):
-            if sides[0][i] != sides[2][k] or sides[1][i] != sides[3][k]:
-                promised = p((q[i] - g[k]).norm().item())
-                steps.setdefault(min(9, int(10 * promised)), []).append((promised, bool(sides[0][i] == sides[2][k])))
+    # What is promised of each pair of the test set, and whether it matches.
+    same = ids[:, None] == theirs
+    pairs = (theirs >= 0) & ~(same & (cameras[:, None] == seen))
+    for prior, out in ((None, out), (0.3, run(reid, *command, "--prior", 0.3)[0])):
+        promised = reid.same_person(checkpoint["distances"], prior)[0](torch.cdist(q, g))
         for k, row in enumerate(table_of(out, "Probability of the same person", 10)):
-            found = steps.get(k, [])
-            assert row[:3] == [f"{10 * k}", "to", f"{10 * k + 10}"] and int(row[3]) == pytest.approx(len(found), abs=9)
-            if len(found) > 50:
-                assert [float(v) for v in row[4:]] == pytest.approx(list(100 * np.mean(found, 0)), abs=3)
-    picture, tops = Image.open(tmp_path / "show.png").convert("RGB"), [8 + k * (256 + 18 * 2 + 24) for k in range(3)]
-    assert picture.size == (11 * 166 + 8, tops[2] + 256 + 18 * 2 + 24)
-    frames = [[{picture.getpixel((8 + k * 166 + x, y - 3)) for x in range(128)} for k in range(11)] for y in tops]
-    right, wrong = ({ImageColor.getrgb(colour)} for colour in (reid.MATCH, reid.OTHER))
-    assert all(row[0] == {(255, 255, 255)} and all(cell in (right, wrong) for cell in row[1:]) for row in frames)
-    assert frames[0][1] == right and frames[0].count(right) >= frames[2].count(right)
+            found = pairs & torch.from_numpy((promised * 10).astype(int).clip(max=9) == k)
+            assert row[:3] == [f"{10 * k}", "to", f"{10 * k + 10}"] and int(row[3]) == pytest.approx(found.sum(), abs=9)
+            if found.sum() > 50:
+                means = [100 * promised[found].mean(), 100 * same[found].double().mean().item()]
+                assert [float(v) for v in row[4:]] == pytest.approx(means, abs=3)
+    picture, right, wrong = Image.open(tmp_path / "show.png").convert("RGB"), *map(ImageColor.getrgb, (
+        reid.MATCH, reid.OTHER))
+    assert picture.size == (11 * 166 + 8, 3 * (256 + 18 * 2 + 24) + 8)
+    frames = [[{picture.getpixel((8 + k * 166 + x, y)) for x in range(128)} for k in range(11)] for y in (5, 321, 637)]
+    assert all(row[0] == {(255, 255, 255)} and all(cell in ({right}, {wrong}) for cell in row[1:]) for row in frames)
+    assert frames[0][1] == {right} and frames[0].count({right}) >= frames[2].count({right})
 
 
 def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(trained, market, tmp_path, run):
@@ -834,17 +735,16 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     arguments = ("--eval", trained.reid, "--gallery", folder, "--out", folder / "r.pt", "--top")
     out, _ = run(reid, *arguments, 4, "--search", folder)
     images, networks = common.load_market(market, "query", (64, 32)), reid.load(CPU, checkpoint)
-    crops, names = reid.embed(networks, images), [Path(name).name for name in images.names]
-    distances, (sure, _, share) = torch.cdist(crops.features, crops.features), reid.same_person(checkpoint["distances"])
-    alike = crops.attributes @ crops.attributes.T
+    crops, names = reid.embed(networks, images), images.names
+    distances, alike = torch.cdist(crops.features, crops.features), crops.attributes @ crops.attributes.T
+    sure, *_ = reid.same_person(checkpoint["distances"])
     for q, name in enumerate(names):
         for k, row in enumerate(table_of(out, f"Nearest to {folder / name}", 4), 1):
             g, d = names.index(Path(row[-1]).name), float(row[1])
-            assert d == pytest.approx(distances[q, g].item(), abs=0.002) and int(row[4]) == alike[q, g] and g != q
+            assert row[0] == str(k) and int(row[4]) == alike[q, g] and g != q
+            assert d == pytest.approx(distances[q, g].item(), abs=0.002)
             assert d == pytest.approx(distances[q].sort()[0][k].item(), abs=0.002)  # 0 is the query itself
-            promised = 100 * sure(d)
-            assert row[0] == str(k) and float(row[2]) == pytest.approx(promised, abs=0.2)
-    assert f"where {100 * share:.3g} % of all pairs match, as on validation" in out
+            assert float(row[2]) == pytest.approx(100 * sure(d), abs=0.2)
     out, err = run(reid, *arguments, 3, "--search", market / "query" / names[3])
     assert table_of(out)[0][3:] == ["%", "12", "of", "12", str(folder / names[3])]  # a copy of the query
     assert f"Skipped: {folder / 'search.png'} is not a readable image (drawn by these scripts)" in err
@@ -866,70 +766,60 @@ def test_an_index_is_written_once_goes_on_and_answers_as_its_folder_does(trained
     monkeypatch.setattr(reid, "SAVED", 2)
     monkeypatch.setattr(reid, "embed", lambda *values: counts.append(len(values[1].names)) or embed(*values))
 
-    def write(error=None, **named):
+    def write(**expected):
         counts.clear()
-        return run(reid, "--eval", trained.reid, "--embed", index, "--gallery", folder, error=error, **named)
+        out, err = run(reid, "--eval", trained.reid, "--embed", index, "--gallery", folder, **expected)
+        return out + err, *(np.load(index)[f"gallery_{key}"] for key in ("names", "features"))
 
     def answers(gallery):
-        outs = [run(reid, "--eval", trained.reid, "--gallery", gallery, *command) for command in (
-            ("--search", folder / names[0], "--top", 5), ("--find", "hat=no", "upcolor=red", "--top", 50))]
-        return [table_of(out, title, 20) for (out, _), title in zip(outs, ("Nearest to", "hat no"))], outs[0][1]
+        (out, err), (found, _) = (run(reid, "--eval", trained.reid, "--gallery", gallery, *command) for command in (
+            ("--search", folder / names[0], "--top", 5), ("--find", "hat=no", "upcolor=red", "--top", 50)))
+        return table_of(out, rows=5) + table_of(found, "hat no", 20), err
     with monkeypatch.context() as patch:  # cut off in the fourth block, after two were saved
         before_call(patch, common, "infer", 7)  # of two networks
-        write(code=130, error="stopped.")
-    assert counts == [4] * 4 and len(np.load(index)["gallery_names"]) == 8
-    out, err = write()
-    assert sum(counts) == 12 and f"{index}: 20 gallery embeddings of 120 dimensions" in out and "Skipped: " in err
-    assert np.load(index)["gallery_names"].tolist() == [f"mine/{name}" for name in names]
+        assert len(write(code=130, error="stopped.")[1]) == 8 and counts == [4] * 4
+    said, stored, before = write()
+    assert sum(counts) == 12 and f"{index}: 20 gallery embeddings of 120 dimensions" in said and "Skipped: " in said
+    assert stored.tolist() == [f"mine/{name}" for name in names]
     expected, _ = answers(folder)
-    assert [len(table) for table in expected] == [5, 20] and answers(index)[0] == expected
-    before = np.load(index)["gallery_features"]
+    assert len(expected) == 25 and answers(index)[0] == expected
     (folder / names[3]).unlink()
     shutil.copy(folder / names[5], folder / names[4])
     shutil.copy(folder / names[6], folder / "new.jpg")
-    tables, err = answers(index)  # as it was: but what has gone cannot be drawn
-    assert tables == expected and err.count(f"{folder / names[3]} has gone") == (names[3] in str(tables[0]))
-    write()
-    assert sum(counts) == 2 and np.load(index)["gallery_names"].tolist() == [
-        f"mine/{name}" for name in sorted({*names, "new.jpg"} - {names[3]})]
-    after = np.load(index)["gallery_features"]
+    rows, err = answers(index)  # as it was: but what has gone cannot be drawn
+    assert rows == expected and err.count(f"{folder / names[3]} has gone") == (names[3] in str(rows[:5]))
+    _, stored, after = write()
+    assert sum(counts) == 2 and stored.tolist() == [f"mine/{name}" for name in [*names[:3], *names[4:], "new.jpg"]]
     assert np.array_equal(after[:3], before[:3]) and np.allclose(after[3], after[4], atol=1e-4)
     expected, _ = answers(folder)
     moved = shutil.move(home, tmp_path / "moved")  # folder and index together
-    folder, elsewhere = moved / "mine", shutil.copy(moved / "i.npz", tmp_path / "j.npz")
-    assert str(answers(moved / "i.npz")[0]).replace("moved", "home") == str(expected)
-    assert "has gone" in answers(elsewhere)[1]  # beside another folder
-    index = elsewhere
-    write()
-    assert np.load(index)["gallery_names"][0] == f"moved/mine/{names[0]}" and counts == [4] * 5
-    saved = torch_load(trained.reid)
+    folder, saved, index = moved / "mine", torch_load(trained.reid), moved / "i.npz"
+    assert str(answers(index)[0]).replace("moved", "home") == str(expected)
     common.save_checkpoint(tmp_path / "other.pt", saved | {"record": saved["record"] | {"run": "another"}})
-    for command in (("--find", "hat=no", "--gallery", index), ("--embed", index, "--gallery", folder)):
-        run(reid, "--eval", tmp_path / "other.pt", *command, error="is an index of another checkpoint's embeddings")
-    index.write_bytes(index.read_bytes()[:-99])
-    write(error="j.npz is not a readable index (BadZipFile): write one, to a new name")
+    run(reid, "--eval", tmp_path / "other.pt", "--find", "hat=no", "--gallery", index,
+        error="is an index of another checkpoint's embeddings")
 
 
 def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(market, tmp_path, run):
     strong = [*QUICK, "--recipe", "strong"]
-    run(par, *strong, "--head", "conv")
-    run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query", "--maps")
+    for flags in (["--without", "identity"], ["--without", "identity", "neck", "mirror"], ["--head", "conv"]):
+        run(par, *strong, *flags)
+        assert "test crops of 10 identities" in run(par, "--eval", tmp_path / "o.pt")[0]
+        out, _ = run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query")
+        assert [row["hat"] in ATTRIBUTES["hat"] for row in csv.DictReader(out.splitlines())] == [True] * 20
     stage_1 = torch_load(tmp_path / "o.pt")
-    out, _ = run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")
+    run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")
     stage_2 = torch_load(tmp_path / "r.pt")  # which starts from all of stage 1: backbone, branches, heads, identities
     moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
     assert not moved and stage_2["record"]["arguments"]["rungs"] == reid.RUNGS and stage_2["stage 1"] is None
     out, _ = run(reid, "--eval", tmp_path / "r.pt", "--rerank")
-    rows = {row[0]: row for row in table_of(out, ", test set, ")}
+    rows, networks = {row[0]: row for row in table_of(out, ", test set, ")}, reid.load(CPU, stage_2)
     data = [common.load_market(market, part, (32, 32)) for part in ("query", "gallery")]
-    networks = reid.load(CPU, stage_2)
     q, g = (reid.embed(networks, part, part.person_ids >= 0) for part in data)
     distances = torch.cat([d for _, d in reid.rerank_chunks(q.features, g.features)])
     expected = brute_force(distances, q.ids, q.cameras, g.ids, g.cameras, None, True)
     assert rows["re-ranked"][1:4] == [f"{100 * expected[k]:.2f}" for k in ("mAP", "mAP_trapezoid", "rank1")]
     assert out.count("re-ranked") == 3 and "hamming" in rows and rows["none"] != rows["re-ranked"]
-    out, _ = run(reid, "--eval", tmp_path / "r.pt", "--gallery", market / "query", "--find", "hat=yes")
-    assert "hat yes, among 20 images" in out
     run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt",
         "--init", tmp_path / "o.pt")  # whose attributes are kept
     assert "predicted attributes differ" in run(reid, "--eval", tmp_path / "w.pt")[0]
@@ -940,10 +830,13 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
 
 def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(market, tmp_path, run):
     root = shutil.copytree(market, tmp_path / "copy")
+    for path in crops_of(root):
+        path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s")))
+    run(reid, "--data", root, error="No query has a match in the gallery, so there is nothing to score")
     for path in crops_of(root)[18:]:  # 3 identities are too few to split
         path.unlink()
-    out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--recipe", "strong", "--identities", "all",
-                 "--patience", 1)
+    out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--patience", 1, "--recipe", "strong",
+                 "--identities", "all")
     saved = torch_load(tmp_path / "o.pt")
     assert len(saved["train_ids"]) == 3 and not len(saved["validation_ids"]) and saved["record"]["best epoch"] == 3
     assert "18 training and 0 validation crops, so that the last epoch is kept" in out and "  validation" not in out
@@ -953,78 +846,52 @@ def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(mark
     assert all(row[2] == "-" for row in table_of(out)) and "was trained on all identities, which leaves no crops" in out
 
 
-@pytest.mark.parametrize("recipe", ["report", "strong"])
-def test_comparison_starts_with_and_without_the_weights_of_stage_1(recipe, trained, tmp_path, run):
-    out, _ = run(reid, "--init", trained.par, "--compare", *QUICK[:4], "--lr", "1e-12", "--negatives", "random",
-                 "--recipe", recipe)
-    stage_1, without, transferred = (torch_load(path)["model"] for path in (
-        trained.par, tmp_path / "o_without.pt", tmp_path / "o.pt"))
+def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_path, run):
+    out, _ = run(reid, "--init", trained.par, "--compare", *QUICK[:4], "--lr", "1e-12", "--negatives", "random")
+    paths = trained.par, tmp_path / "o_without.pt", tmp_path / "o.pt"
+    stage_1, without, transferred = (torch_load(path)["model"] for path in paths)
     for k in (k for k, v in transferred.items() if k.startswith("backbone") and v.dim() == 4):
         assert torch.allclose(transferred[k], stage_1[k]) and not torch.allclose(without[k], stage_1[k])
-    finals = [record_of(tmp_path / name)["final"]["validation"] for name in ("o_without.pt", "o.pt")]
+    finals = [record_of(path)["final"]["validation"] for path in paths[1:]]
     assert [row[2:] for row in table_of(out, "Table 1")] == [
         [f"{100 * final[protocol]['none']['mAP']:.2f}" for final in finals] for protocol in finals[0]]
-    out, _ = run(reid, "--eval", tmp_path / "o_without.pt")
-    assert ("no Hamming filter" in out) == (recipe == "report")
-
-
-def test_stage_2_and_its_embeddings_do_without_annotations(market, tmp_path, run):
-    root, features = shutil.copytree(market, tmp_path / "copy"), []
-    for path in root.glob("*.csv"):
-        path.write_bytes(b"\xff\xfe\x00\x81")
-    run(reid, "--data", root, *QUICK)
-    assert ", test set, " in run(reid, "--data", root, "--eval", tmp_path / "o.pt")[0]
-    for name in ("a.npz", "b.npz"):
-        run(reid, "--data", root, "--eval", tmp_path / "o.pt", "--embed", tmp_path / name)
-        features.append(np.load(tmp_path / name)["gallery_features"])
-        for path in root.glob("*.csv"):
-            path.unlink()
-    assert np.array_equal(*features) and len(features[0]) > 60
+    assert "no Hamming filter" in run(reid, "--eval", paths[1])[0]
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_step_of_the_loop_equals_a_plain_float32_step(k, market, tmp_path):
     """`fit` against ten plain lines: same crops, same augmentation, AdamW on ordinary parameters; k crops an item."""
-    data, given = common.load_market(market, "train", (64, 32)), []
+    data = common.load_market(market, "train", (64, 32))
     data.images = torch.randint(0, 256, data.images.shape, dtype=torch.uint8, generator=seeded())
     torch.manual_seed(0)
-    models = [par.AttributeNet(dropout=0) if k == 1 else reid.EmbeddingNet()]
-    models += [copy.deepcopy(models[0]) for _ in range(2)]
-    items = torch.stack([torch.randperm(43, generator=torch.Generator().manual_seed(i)) for i in range(k)], 1)
-
-    def criterion(outputs, rows):
-        given.append(rows)
-        return reid.triplet_loss(*outputs, 5.0) if k == 3 else par.attribute_loss(
-            outputs[0].split(SIZES, 1), data.labels[rows[0]], "ce")
-    record = short_fit(models[0], data, items, tmp_path / "x.pt", criterion=criterion, lr=1e-4)
-    affine = common.random_warp(43 * k, (64, 32), torch.Generator().manual_seed(0))[:, :, :3].view(43, k, 2, 3)
-    optimizer, losses = torch.optim.AdamW(models[1].parameters()), []
-    models[1].train()
+    model = par.AttributeNet(dropout=0) if k == 1 else reid.EmbeddingNet()
+    plain, begun = copy.deepcopy(model).train(), copy.deepcopy(model)
+    items = torch.stack([torch.randperm(43, generator=seeded(i)) for i in range(k)], 1)
+    triplets = (lambda outputs, rows: reid.triplet_loss(*outputs, 5.0)) if k == 3 else None
+    record = short_fit(model, data, items, tmp_path / "x.pt", criterion=triplets, lr=1e-4)
+    affine = common.random_warp(43 * k, (64, 32), seeded())[:, :, :3].view(43, k, 2, 3)
+    optimizer, losses = torch.optim.AdamW(plain.parameters()), []
     for step in range(5):  # the last 3 items fill no batch
         rows, turned = (torch.cat([v[8 * step:8 * step + 8, i] for i in range(k)]) for v in (items, affine))
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, 5, 1e-4, 0.5)
         x = data.images[rows].float()
-        z = models[1](F.grid_sample(x, F.affine_grid(turned, x.shape, align_corners=False), align_corners=False))
+        z = plain(F.grid_sample(x, F.affine_grid(turned, x.shape, align_corners=False), align_corners=False))
         loss = F.relu((z[:8] - z[8:16]).square().sum(1) - (z[:8] - z[16:]).square().sum(1) + 5).mean() if k == 3 else \
             sum(F.cross_entropy(part, data.labels[rows, a]) for a, part in enumerate(z.split(SIZES, 1)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        assert torch.equal(given[step], rows.view(k, 8))
-    assert record["epochs"][0]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4) and len(given) == 5
-    for (name, a), b, start in zip(models[0].named_parameters(), models[1].parameters(), models[2].parameters()):
-        assert name == "embed.1.bias" or (a - b).norm() < 0.1 * (b - start).norm(), name  # its slope is rounding
+    assert record["epochs"][0]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+    for (name, a), b, before in zip(model.named_parameters(), plain.parameters(), begun.parameters()):
+        assert name == "embed.1.bias" or (a - b).norm() < 0.1 * (b - before).norm(), name  # its slope is rounding
 
 
 def test_training_stops_early_and_keeps_the_best_epoch(market, tmp_path, capsys):
     figures, weights, model = iter([0.3, 0.5, 0.4, 0.4, 0.9]), [], par.AttributeNet()
-
-    def validate():
-        weights.append(model.heads[0][1].weight.detach().clone())
-        return {"f1": next(figures)}
     record = short_fit(model, common.load_market(market, "train", (32, 32)), torch.arange(16)[:, None],
-                       tmp_path / "x.pt", validate, epochs=5, patience=2)
+                       tmp_path / "x.pt", lambda: weights.append(model.heads[0][1].weight.detach().clone())
+                       or {"f1": next(figures)}, epochs=5, patience=2)
     assert len(record["epochs"]) == 4 and record["best epoch"] == 2 and "Stopped early" in capsys.readouterr().out
     for kept in (model.heads[0][1].weight, torch_load(tmp_path / "x.pt")["model"]["heads.0.1.weight"]):
         assert torch.equal(kept, weights[1]) and not torch.equal(kept, weights[2])
@@ -1038,10 +905,9 @@ def check_same_run(first, second):
     assert torch.equal(ours["generator"], theirs["generator"])
     for mine, others in zip(ours["moments"], theirs["moments"], strict=True):
         assert all(torch.equal(v, others[k][m]) for k in mine for m, v in mine[k].items())
-    records = [record_of(path) for path in (first, second)]
-    for row in records[0]["epochs"] + records[1]["epochs"]:
-        del row["seconds"], row["images_per_second"]
-    assert all(records[0][k] == records[1][k] for k in ("epochs", "final"))
+    figures = [[{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in (
+        *record_of(path)["epochs"], record_of(path)["final"])] for path in (first, second)]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("module, owner, name, at", [
@@ -1059,25 +925,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market,
     assert "Going on after epoch " in run(module, *relative, "--resume")[0]
     assert "epoch  3/3" not in run(module, *arguments, out, "--resume")[0]  # it has ended
     check_same_run(getattr(trained, script), out)
-    before_call(monkeypatch, common, "load_market", 1)
-    run(module, "--ev", out, code=130, error=f"{script}.py: stopped.")  # argparse takes that for --eval
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("module", [par, reid] if KILLS > 1 else [par], ids=lambda module: module.__name__)
-def test_a_killed_run_resumes_to_the_same_bits(module, market, trained, tmp_path):
-    """SIGKILL at a random moment of a real run; the long form, of both stages, is KILLS=20 pytest -k killed."""
-    name, arguments, random = module.__name__, short_run(module, market, trained), np.random.RandomState(0)
-    seconds = record_of(getattr(trained, name))["seconds"]
-    for k in range(KILLS):
-        out = tmp_path / str(k) / "cut.pt"
-        with start([name, *arguments, out]) as process:
-            while "validation crops" not in process.stdout.readline():
-                assert process.poll() is None
-            time.sleep(random.uniform(0, 2.4 * (seconds["training"] + seconds["validation"])))  # it writes files too
-            process.kill()
-        assert call(module, *arguments, out, "--resume") == 0
-        check_same_run(getattr(trained, name), out)
 
 
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
@@ -1086,67 +933,60 @@ TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
 def test_two_processes_train_and_score_as_one_does(market, tmp_path, monkeypatch, run):
     """Without batch norm, whose statistics are of a process's own crops, to the same weights; both stages."""
     monkeypatch.setenv("NO_NORM", "yes")
-    few, said, files = ["--data", market, *QUICK, "--epochs", 2], [], []
-    for folder in (tmp_path / "1", tmp_path / "2"):
-        stage_1, stage_2 = folder / "par.pt", folder / "reid.pt"
-        commands = [["par", *few, "--dropout", 0, "--out", stage_1],
-                    ["reid", *few, "--batch", 9, "--init", stage_1, "--out", stage_2],
-                    ["reid", *few[:2], "--device", "cpu", "--eval", tmp_path / "1" / "reid.pt"]]
-        if folder.name == "1":
-            said = [run({"par": par, "reid": reid}[name], *arguments)[0] for name, *arguments in commands]
-        else:
-            out, err = start(*commands, launcher=TORCHRUN).communicate(timeout=100)
-        files.append({p.name for p in folder.iterdir()})
-    assert " 2 x 1 threads " in out and out.count("epoch  2/2") == 2 and files[0] == files[1], err
+    few, one, two = ["--data", market, *QUICK, "--epochs", 2], tmp_path / "1", tmp_path / "2"
+    commands = [[[par, *few, "--dropout", 0, "--out", folder / "par.pt"],
+                 [reid, *few, "--batch", 9, "--init", folder / "par.pt", "--out", folder / "reid.pt"],
+                 [reid, *few[:2], "--device", "cpu", "--eval", one / "reid.pt"]] for folder in (one, two)]
+    said = [run(*command)[0] for command in commands[0]][-1]
+    out, err = start(*commands[1], launcher=TORCHRUN).communicate(timeout=100)
+    assert " 2 x 1 threads " in out and out.count("epoch  2/2") == 2, err
     for name in ("par.pt", "reid.pt"):
-        ours, theirs = (torch_load(tmp_path / n / name)["model"] for n in "12")
+        ours, theirs = (torch_load(folder / name)["model"] for folder in (one, two))
         assert all((v - theirs[k]).abs().max() < 1e-6 for k, v in ours.items() if k != "embed.1.bias")  # rounding alone
-        for one, two in zip(*(record_of(tmp_path / n / name)["epochs"] for n in "12"), strict=True):
-            assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["lr"] == two["lr"]
-    table = said[2][said[2].index(" validation crops"):said[2].index("Seconds: ")]
+        for row, other in zip(*(record_of(folder / name)["epochs"] for folder in (one, two)), strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5) and row["lr"] == other["lr"]
+    table = said[said.index(" validation crops"):said.index("Seconds: ")]
     assert table in out and "test set" in table  # scored by two processes to the last digit
 
 
-def pair(*command):
-    """Start a command as two processes that meet, as torchrun would."""
+def together(count, *command):
+    """Start a command as one process, or as more that meet, as torchrun would start them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [start(command, **there, RANK=str(rank)) for rank in range(2)]
+        there = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [start(command, **(there | {"RANK": str(rank)} if count > 1 else {})) for rank in range(count)]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_two_killed_processes_resume_to_the_same_bits(market, tmp_path, run):
-    command = ["par", "--data", market, *QUICK, "--batch", 7, "--epochs", 3, "--out"]
-    whole, cut = pair(*command, tmp_path / "whole.pt"), pair(*command, tmp_path / "cut.pt")
-    while "epoch  1/3" not in cut[0].stdout.readline():
-        assert cut[0].poll() is None
-    [process.kill() for process in cut]
-    for process in [*whole, *pair(*command, tmp_path / "cut.pt", "--resume")]:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-    check_same_run(tmp_path / "whole.pt", tmp_path / "cut.pt")
-    out, _ = run(par, *command[3:], tmp_path / "cut.pt", "--resume")
-    assert "Going on after epoch 3, but not to the same bits as 2 processes." in out
+@pytest.mark.parametrize("module, count", [(par, 1), (par, 2), (reid, 1), (reid, 2)][:2 if KILLS == 1 else 4])
+def test_a_killed_run_resumes_to_the_same_bits(module, count, market, trained, tmp_path, run):
+    """At a random moment, one process or two; the long form, of both stages, is KILLS=20 pytest -k killed."""
+    whole, command = getattr(trained, module.__name__), [module, *short_run(module, market, trained)]
+    seconds, random = record_of(whole)["seconds"], np.random.RandomState(count)
+    whole = tmp_path / "whole.pt" if count > 1 else whole
+    others = together(count, *command, whole) if count > 1 else []
+    for k in range(KILLS):
+        out = tmp_path / str(k) / "cut.pt"
+        cut = together(count, *command, out)
+        while ("validation crops", "epoch  1/3")[count - 1] not in cut[0].stdout.readline():
+            assert cut[0].poll() is None
+        time.sleep(random.uniform(0, 2.4 * (seconds["training"] + seconds["validation"])))  # it writes files too
+        [process.kill() for process in cut]
+        others += together(count, *command, out, "--resume") if count > 1 else []
+        assert not any(process.wait(60) for process in others)
+        again, _ = run(*command, out, "--resume")
+        assert ("but not to the same bits as 2 processes." in again) == (count > 1)
+        check_same_run(whole, out)
 
 
 @pytest.mark.parametrize("case", ["--data nowhere: --data nowhere is not a folder", "--out FAILS.pt: One cannot go on"])
-def test_a_process_that_fails_ends_all_with_one_sentence(case, market, tmp_path):
+def test_a_process_that_fails_ends_all_with_one_sentence(case, market):
     words, sentence = case.split(": ")
-    _, err = start(["par", "--data", market, *QUICK, *words.split()], launcher=TORCHRUN).communicate(timeout=60)
+    _, err = start([par, "--data", market, *QUICK, *words.split()], launcher=TORCHRUN).communicate(timeout=60)
     assert err.count(f"par.py: {sentence}.") == 1 and "NCCL" not in err and 'common.py", line' not in err
-
-
-def test_processes_that_cannot_meet_or_are_too_many_are_told(monkeypatch, run):
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "processes", lambda: (0, 5))
-        run(par, *QUICK, error="8 items a step are too few for 5 processes, which take two or more each: raise --batch")
-    monkeypatch.setenv("RANK", "0")
-    run(par, *QUICK, error="start them by torchrun, no more on a machine than it has GPUs, or unset the variable RANK.")
 
 
 def test_runs_of_one_name_do_not_mix_and_no_two_names_share_a_file(market, tmp_path, monkeypatch, run):
     arguments, ends = ["--data", market, *QUICK, "--epochs", 2, "--out", tmp_path / "a.pt", "--seed"], []
-    assert call(par, *arguments, 0) == 0
+    run(par, *arguments, 0)
     with monkeypatch.context() as patch:  # in the second epoch of the next run, another one begins and ends
         before_call(patch, par, "attribute_loss", 6, lambda: ends.append(call(par, *arguments, 2)))
         run(par, *arguments, 1, error="a.json is another run's by now, so this one ends: give each run an --out of")
@@ -1154,21 +994,10 @@ def test_runs_of_one_name_do_not_mix_and_no_two_names_share_a_file(market, tmp_p
     out, _ = run(par, *QUICK, "--seed", 3, "--out", tmp_path / "a_best.pt", "--resume")
     assert f"There is no {tmp_path / 'a_best.last'} to resume: starting." in out and "earlier" not in out
     assert ends == [0] and before.items() < files_of(tmp_path).items() and len(before) == 7
-    assert torch_load(tmp_path / "a.last")["record"]["arguments"]["seed"] == 2
     for seed, name in enumerate(("a.old.pt", "a.old2.pt", "a.pt", "a_best.pt")):
         record, saved = record_of(tmp_path / name), torch_load(tmp_path / name)["record"]
         assert record["arguments"]["seed"] == saved["arguments"]["seed"] == seed and record["run"] == saved["run"]
         assert ("final" in record) == (seed != 1)
-
-
-def test_resuming_sets_aside_a_checkpoint_that_is_not_known_to_be_its_own(tmp_path, run):
-    for seed, name in enumerate("ab"):
-        run(par, *QUICK, "--seed", seed, "--out", tmp_path / f"{name}.pt")
-    (tmp_path / "b.pt").replace(tmp_path / "a.pt")
-    (tmp_path / "a.json").unlink()
-    out, _ = run(par, *QUICK, "--out", tmp_path / "a.pt", "--resume")
-    assert "Going on after epoch 1" in out and [
-        torch_load(tmp_path / name)["record"]["arguments"]["seed"] for name in ("a.pt", "a.old.pt")] == [0, 1]
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -1177,51 +1006,36 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path.write_text("good")
     monkeypatch.setattr(os, "fsync", lambda _: seen.append({p.name for p in tmp_path.iterdir()}))
     for error, match in ((KeyboardInterrupt, None), (OSError(28, "No space left"), "x.pt cannot be written .No space")):
-        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError), match=match):
-            patch.setattr(os, "replace", Mock(side_effect=error))
+        monkeypatch.setattr(os, "replace", Mock(side_effect=error))
+        with pytest.raises((KeyboardInterrupt, UserError), match=match):
             common.write_whole(path, lambda file: file.write(b"worse"))
     assert seen == 2 * [{"x.pt", f".x.pt.{os.getpid()}.tmp"}]
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x.pt": "good"}
+    assert path.read_text() == "good" and os.listdir(tmp_path) == ["x.pt"]
 
 
-def test_only_the_same_data_and_stage_1_are_resumed(market, trained, tmp_path, run):
-    root, stage_1 = shutil.copytree(market, tmp_path / "copy"), torch_load(trained.par)
-    common.save_checkpoint(tmp_path / "other.pt", stage_1 | {"record": stage_1["record"] | {"run": "another"}})
-    run(reid, *short_run(reid, market, trained), trained.reid, "--resume", "--init", tmp_path / "other.pt",
+def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set_aside(market, trained, tmp_path, run):
+    root, stage_1, out = shutil.copytree(market, tmp_path / "copy"), torch_load(trained.par), tmp_path / "a.pt"
+    common.save_checkpoint(out, stage_1 | {"record": stage_1["record"] | {"run": "another"}})
+    run(reid, *short_run(reid, market, trained), trained.reid, "--resume", "--init", out,
         error="reid.last is of a run with another stage 1: resume with that, or start without --resume")
     shutil.copy(crops_of(root)[7], crops_of(root)[0])  # other pixels
     run(par, *short_run(par, root, trained), trained.par, "--resume", error="is of a run with another data set")
-
-
-def test_stage_1_does_without_identities_in_the_strong_recipe(market, tmp_path, run):
-    for rungs in (["identity"], ["identity", "neck", "mirror"]):
-        run(par, *QUICK, "--recipe", "strong", "--without", *rungs)
-        assert "test crops of 10 identities" in run(par, "--eval", tmp_path / "o.pt")[0]
-        rows = [*csv.DictReader(run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query")[0].splitlines())]
-        assert len(rows) == 20 and rows[0]["hat"] in ATTRIBUTES["hat"]
-
-
-def test_stage_1_learns_drawn_people(tmp_path, run):
-    """Colours are plain to see: a few steps must beat naming the commonest class (on shuffled labels: by 8 at most)."""
-    common.draw_market(tmp_path, 60, 4, seed=3)
-    out, _ = run(par, "--data", tmp_path, *QUICK, "--epochs", 10, "--batch", 16, "--lr", "5e-3", "--size", "64x32")
-    rows = {row[0]: [float(v) for v in row[1:]] for row in table_of(out, "o.pt on validation", 13)}
-    assert rows["Global"][2] > rows["Global"][3] + 5 and rows["Upcolor"][2] > rows["Upcolor"][3] + 13
+    shutil.copy(trained.par.with_suffix(".last"), out.with_suffix(".last"))
+    assert "Going on after epoch 3." in run(par, *short_run(par, market, trained), out, "--resume")[0]
+    runs = [torch_load(path)["record"]["run"] for path in (out, tmp_path / "a.old.pt")]
+    assert runs == [stage_1["record"]["run"], "another"]
 
 
 def test_as_a_user_runs_it_and_one_seed_gives_the_same_bits(market, tmp_path, monkeypatch, as_users_have_it):
     """The scripts themselves, in processes of their own, and the same runs in this one: the same weights to the bit."""
     shutil.copytree(market, tmp_path / "Market-1501-demo")
     monkeypatch.chdir(tmp_path)
-    end = subprocess.run([sys.executable, HERE / "par.py", *QUICK], capture_output=True, text=True)
-    assert end.returncode == 0 and end.stdout.startswith("DEMO SET") and "\r" not in end.stdout + end.stderr
-    assert sorted(os.listdir()) == ["Market-1501-demo", "par_best.json", "par_best.last", "par_best.pt"]
-    assert call(par, *QUICK, "--out", "b.pt") == 0
-    assert all(call(reid, *QUICK, "--init", "b.pt", "--out", name) == 0 for name in ("c.pt", "d.pt"))
-    check_same_run(Path("par_best.pt"), Path("b.pt"))
-    check_same_run(Path("c.pt"), Path("d.pt"))
-    end = subprocess.run([sys.executable, HERE / "reid.py", "--init", "nowhere.pt"], capture_output=True, text=True)
-    assert end.returncode == 2 and end.stderr == "reid.py: nowhere.pt does not exist.\n"
+    for module, *flags in ([par], [reid, "--init", "par_best.pt"]):
+        name = module.__name__
+        end = subprocess.run([sys.executable, HERE / f"{name}.py", *QUICK, *flags], capture_output=True, text=True)
+        assert end.returncode == 0 and end.stdout.startswith("DEMO SET") and "\r" not in end.stdout + end.stderr
+        assert call(module, *QUICK, *flags, "--out", f"{name}.pt") == 0
+        check_same_run(Path(f"{name}_best.pt"), Path(f"{name}.pt"))
 
 
 @pytest.mark.parametrize("meanwhile, ends, people", [("-", [0, 0], 4), ("another", [0, 0], 5), ("Ctrl-C", [130], 0)])
@@ -1253,22 +1067,16 @@ def test_both_stages_on_an_accelerator_with_graph_and_plain_steps(device, tmp_pa
         return [row["loss"] for row in record_of(tmp_path / "o.pt")["epochs"]]
     first = losses()
     run(reid, *QUICK[:4], "--device", device, "--init", tmp_path / "o.pt", "--out", tmp_path / "r.pt")
-    here, there = (run(reid, "--device", name, "--eval", tmp_path / "r.pt")[0] for name in (device, "cpu"))
-    assert float(table_of(here, "test set")[0][1]) == pytest.approx(float(table_of(there, "test set")[0][1]), abs=3)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))  # so that the crops stay on the host
-    assert losses() == pytest.approx(first, rel=0.02)  # cuDNN's sums differ from run to run
-    monkeypatch.setattr(common, "graphed", lambda step: step)
-    assert losses() == pytest.approx(first, rel=0.02)
+    here, there = (float(table_of(run(reid, "--device", name, "--eval", tmp_path / "r.pt")[0], "test set")[0][1])
+                   for name in (device, "cpu"))
+    assert here == pytest.approx(there, abs=3)
+    # Again with the crops on the host, and then without a graph; cuDNN's sums differ from run to run.
+    for owner, name, value in ((torch.cuda, "mem_get_info", lambda device: (0, 0)), (common, "graphed", lambda f: f)):
+        monkeypatch.setattr(owner, name, value)
+        assert losses() == pytest.approx(first, rel=0.02)
 
 
 # --------------------------------------------------------------------------------------------------------- the errors
-
-
-def test_help_and_tables_can_be_read(capsys, run):
-    for lines in (run(module, "--help")[0].splitlines() for module in (par, reid)):
-        assert 40 < len(lines) < 80 and max(map(len, lines)) <= 100
-    common.table("Title", ["", "figure", "word"], [["a\nb", "1e-05", "no"], ["c", 2.5, "yes"], ["d", math.nan, "no"]])
-    assert capsys.readouterr().out == "\nTitle\n     figure  word\na b   1e-05  no\nc      2.50  yes\nd         -  no\n"
 
 
 @pytest.mark.parametrize("error, code, sentence", [
@@ -1285,22 +1093,17 @@ def test_errors_become_sentences_but_for_the_programs_own(error, code, sentence,
 
 
 TABLE = csv_text(ROWS)
-BROKEN_DATA = [  # what the annotations hold or what their second identity has, the first crop's name, or what was done
+BROKEN_DATA = [  # what the annotations hold, the first crop's name, or what was done
     (TABLE.replace("hat", "cap"), "does not have one column 'hat'"),
     (TABLE.replace("bag", "age", 1), "does not have one column 'age'"),  # but two
     (TABLE.replace("\n1,", "\n1,1,"), "cannot be read as annotations (ValueError"),
-    ("\udcff", "cannot be read as annotations (UnicodeDecodeError"),
     (csv_text([*ROWS, ROWS[1]]), "names an identity twice"),
     (TABLE, "lack identity 0003, which has crops in bounding_box_train"),
-    ({"age": 5}, "'age' of identity 2 is 5, not one of 1 to 4"),
-    ({"upred": ""}, "'upred' of identity 2 is nan, not one of 1 to 2"),
-    ({"id": "x4"}, "'id' of identity nan is nan, not one of 1 to"),
+    (csv_text([ROWS[0], ROWS[1] | {"age": 5}]), "'age' of identity 2 is 5, not one of 1 to 4"),
+    (csv_text([ROWS[0], ROWS[1] | {"upred": ""}]), "'upred' of identity 2 is nan, not one of 1 to 2"),
     (lambda root: crops_of(root)[0].write_bytes(b""), "is not a readable image"),
     (Path("-1_c1s1_000025_01.jpg"), "shows no identity (0 or -1): move it away"),
     (Path("notes.txt"), "notes.txt is not named like a crop of Market-1501"),
-    (Path(f"{10**20}_c1s1_000025_01.jpg"), "is not named like a crop of Market-1501"),
-    (lambda root: [path.write_bytes(b"") for path in crops_of(root)], "is not a readable image"),
-    (lambda root: (root / "bounding_box_train" / "0001_c9s1_1_01.jpg").mkdir(), "is not a readable image"),
     (lambda root: (root / "annotations_train.csv").unlink(), "has no annotations: annotations_train.csv or"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
@@ -1311,9 +1114,8 @@ BROKEN_DATA = [  # what the annotations hold or what their second identity has, 
 @pytest.mark.parametrize("damage, sentence", BROKEN_DATA, ids=[sentence for _, sentence in BROKEN_DATA])
 def test_broken_data_is_named_in_a_sentence(damage, sentence, market, tmp_path, run):
     root = shutil.copytree(market, tmp_path / "copy")
-    damage = csv_text([ROWS[0], ROWS[1] | damage]) if isinstance(damage, dict) else damage
     if isinstance(damage, str):
-        (root / "annotations_train.csv").write_text(damage, "utf-8", "surrogateescape")
+        (root / "annotations_train.csv").write_text(damage)
     else:
         damage(root) if callable(damage) else crops_of(root)[0].rename(root / "bounding_box_train" / damage)
     before = files_of(tmp_path)
@@ -1326,7 +1128,6 @@ ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine ha
 BROKEN_ARGUMENTS = f"""
 par --device {ABSENT}: finds no {ABSENT} device here: pass --device
 reid --eval T/reid.pt --prior 0: argument --prior: 0 is not a number from 1e-12 to 0.999999
-reid --eval T/reid.pt --prior 1: argument --prior: 1 is not a number from
 par --size 0x64: 0x64 is not HEIGHTxWIDTH, each from 32 to 1024
 par --lr=-1e-3: -1e-3 is not a number from 1e-12
 reid --threshold far: argument --threshold: invalid
@@ -1339,29 +1140,25 @@ reid --recipe strong --without nick: invalid choice: 'nick' (choose from
 reid --recipe strong --without identity triplets attributes: leaves nothing to train: leave in one of
 par --without neck: --without leaves out steps of the strong recipe: pass --recipe strong too
 reid --embed N/x.npz: --embed needs --eval FILE
-reid --eval T/reid.pt --search N: goes with --gallery FOLDER
+reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to search, and --gallery with one of these or
 reid --eval T/reid.pt --gallery N --find a=b: there is no attribute 'a', only age, gender, hair
 reid --eval T/reid.pt --gallery N --find hat=red: name one class of hat: no, yes
 reid --eval N/without.pt --gallery N --find hat=no: without.pt predicts no attributes to find by
-reid --eval T/reid.pt --gallery N/none.npz --find hat=no: is not a readable index (FileNotFoundError)
-reid --eval T/reid.pt --gallery N/test.npz --find hat=no: test.npz is not a readable index (KeyError)
-reid --eval T/reid.pt --gallery N/code.npz --find hat=no: code.npz is not a readable index (ValueError)
-reid --eval T/reid.pt --gallery N --embed N/code.npz: code.npz is not a readable index (ValueError)
+reid --eval T/reid.pt --gallery N --embed N/code.npz: is not a readable index (ValueError): write one, to a new name
 reid --eval T/reid.pt --gallery N --embed N/x.npz: No image could be read from
-reid --eval T/reid.pt --gallery N --show 2: and --gallery with one of these or --embed
 reid --eval T/reid.pt --embed T/reid.pt: give one that ends in .npz
-reid --eval T/reid.pt --search T --gallery T --out N/text/x.pt: search.png cannot be written
 par --stats --out N/text/x.pt: par_stats.png cannot be written
 par --stats --out .: --out . is no name for a file
 par --out N/folder.pt: folder.pt is no name for the file to write: give one that ends in .pt
-reid --out N/p.pth: p.pth is no name for the file to write: give one that ends in .pt
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
 reid --init T/par.pt --size 128x64: was trained with another --size than 128x64
+reid --init T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
+par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's
+reid --data T/lonely: No triplet can be formed
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
 par --eval N/none.pt: none.pt does not exist
 par --eval N/older: older is not a checkpoint of this version of the project
 par --eval N/swapped: swapped is not a checkpoint of this version of the project
-par --eval N/cut: cut is not a readable checkpoint
 par --eval N/code: code is not a readable checkpoint (UnpicklingError)
 par --weights T/par.pt: is not a state dict of torchvision's ResNet18
 """
@@ -1369,19 +1166,17 @@ par --weights T/par.pt: is not a state dict of torchvision's ResNet18
 
 @pytest.mark.parametrize("case", BROKEN_ARGUMENTS.strip().splitlines())
 def test_broken_arguments_are_named_in_a_sentence(case, trained, tmp_path, run):
-    pairs, (script, *words), sentence = list(ATTRIBUTES.items()), case.split(": ")[0].split(), case.split(": ", 1)[1]
+    pairs, (command, sentence) = list(ATTRIBUTES.items()), case.split(": ", 1)
     for name, version, classes in (("older", 2, pairs), ("swapped", 3, pairs[1::-1] + pairs[2:])):  # age and gender
         torch.save({"version": version, "classes": classes, "kind": "par"}, tmp_path / name)
-    np.savez(tmp_path / "test.npz", gallery_features=np.zeros((3, 120)))
     code = b"\x80\x02cbuiltins\nprint\n."
-    for name, text in (("text", b""), ("code", code), ("code.npz", code), ("cut", trained.par.read_bytes()[:99])):
+    for name, text in (("text", b""), ("code", code), ("code.npz", code)):
         (tmp_path / name).write_bytes(text)
     common.save_checkpoint(tmp_path / "without.pt", torch_load(trained.reid) | {"stage 1": None})
     (tmp_path / "folder.pt").mkdir()
-    folders, before = {"T": trained.folder, "N": tmp_path}, files_of(trained.folder)
-    flags = [folders[word[0]] / word[2:] if word[0] in folders else word for word in words]
-    run({"par": par, "reid": reid}[script], *flags, error=sentence)
-    assert files_of(trained.folder) == before
+    folders = {"T": trained.folder, "N": tmp_path}
+    script, *words = [folders[word[0]] / word[2:] if word[0] in folders else word for word in command.split()]
+    run({"par": par, "reid": reid}[script], *words, error=sentence)
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "csv", "mat", "jpeg"])
@@ -1396,33 +1191,18 @@ def test_mutated_files_end_in_a_sentence_or_in_work(kind, market, trained, tmp_p
     elif kind == "mat":
         (root / "annotations_train.csv").unlink()
         save_mat(path, {"train": [ROWS[1] | {"id": k} for k in range(1, 11)]})
-    good = path.read_bytes()
+    good = np.fromfile(path, np.uint8)
     for k in range(MUTATIONS // 4):
-        bad = np.frombuffer(good, np.uint8).copy()
-        if k % 4 == 3:
-            bad = bad[:random.randint(len(bad))]
-        elif k:  # anywhere, or near an end, where a zip file keeps its table of contents and a JPEG its header
-            places = random.randint((len(bad), min(len(bad), 2000))[k % 2], size=random.randint(1, 9))
-            places = len(bad) - 1 - places if random.rand() < 0.5 else places
-            bad[places] ^= random.randint(1, 256, len(places), np.uint8)
-        path.write_bytes(bad.tobytes())
-        begin = time.perf_counter()
-        ends.append((call(par, *command), capsys.readouterr()))  # another exception than `run` knows would fail here
-        assert time.perf_counter() - begin < 20 and ends[-1][0] in (0, 2)
-        assert ends[-1][0] == 0 or ends[-1][1].err.startswith("par.py: ")
+        # Anywhere, or near an end, where a zip file keeps its table of contents and a JPEG its header.
+        places = random.randint((len(good), min(len(good), 2000))[k % 2], size=random.randint(1, 9))
+        bad = good.copy()
+        bad[places * random.choice([-1, 1])] ^= random.randint(1, 256, len(places), np.uint8) * (k > 0)
+        path.write_bytes(bad[:random.randint(len(bad)) if k % 4 == 3 else None].tobytes())
+        code, said = call(par, *command), capsys.readouterr()  # another exception than `run` knows would fail here
+        assert code == 0 or code == 2 and said.err.startswith("par.py: ")
+        ends.append((code, said.out))
     assert {code for code, _ in ends} == {0, 2} and ends[0][0] == 0
-    assert kind != "checkpoint" or len({said.out for code, said in ends if code == 0}) == 1
-
-
-def test_data_that_fit_no_checkpoint_no_triplet_or_no_score_are_named(market, trained, tmp_path, run):
-    lonely, root = tmp_path / "lonely", shutil.copytree(market, tmp_path / "copy")
-    common.draw_market(lonely, 6, 1, seed=0)
-    for module, *flags in ((reid, "--init", trained.par), (par, "--eval", trained.par), (reid, "--eval", trained.reid)):
-        run(module, "--data", lonely, *flags, error=f"{flags[1]} was trained on other identities than this data set's")
-    run(reid, "--data", lonely, error="No triplet can be formed")
-    for path in crops_of(root):
-        path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s")))
-    run(reid, "--data", root, "--epochs", 1, error="No query has a match in the gallery, so there is nothing to score")
+    assert kind != "checkpoint" or len({out for code, out in ends if code == 0}) == 1
 
 
 @pytest.mark.parametrize("step, epoch", [(2, 1), (7, 2)])
@@ -1434,7 +1214,7 @@ def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(step, 
     assert epoch == 1 or all(v.isfinite().all() for v in torch_load(tmp_path / "o.pt")["model"].values())
 
 
-def test_imagenet_weights_that_cannot_be_had_are_told_and_no_answer_is_waited_for_long(tmp_path, monkeypatch, run):
+def test_weights_that_cannot_be_had_and_processes_that_cannot_meet_are_told(tmp_path, monkeypatch, run):
     def ask(*_, **__):
         raise OSError(f"nobody answers within {socket.getdefaulttimeout()} seconds")
     monkeypatch.setattr(torch.hub, "urlopen", ask)
@@ -1443,6 +1223,11 @@ def test_imagenet_weights_that_cannot_be_had_are_told_and_no_answer_is_waited_fo
     assert socket.getdefaulttimeout() is None
     (tmp_path / "o.last").touch()  # a run that resumes has its own
     assert common.backbone_weights(SimpleNamespace(weights="imagenet", resume=True, out=tmp_path / "o.pt")) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "processes", lambda: (0, 5))
+        run(par, *QUICK, error="8 items a step are too few for 5 processes, which take two or more each: raise --batch")
+    monkeypatch.setenv("RANK", "0")
+    run(par, *QUICK, error="start them by torchrun, no more on a machine than it has GPUs, or unset the variable RANK.")
 
 
 if __name__ == "__main__":  # as `start` starts it
