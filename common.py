@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,9 @@ class Market:
 
 
 def load_market(root, part, size=(128, 64), annotated=True):
-    """Read `part` ("train", "query" or "gallery") of the data set in folder `root` into memory.
-
-    size: (height, width); crops of another size are resized, with antialiasing. annotated: whether labels are wanted;
-    else, and where there are no annotations, they are -1. UserError names the file that is missing or unreadable.
-    """
+    """Read `part` ("train", "query" or "gallery") of the data set in folder `root` into memory. size: (height, width);
+    crops of another are resized, with antialiasing. annotated: whether labels are wanted; else, and where there are no
+    annotations, they are -1. UserError names the file that is missing or unreadable."""
     folder = Path(root) / PARTS[part]
     names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in IGNORED) if folder.is_dir() else []
     if not names:
@@ -102,10 +101,8 @@ def load_market(root, part, size=(128, 64), annotated=True):
 
 def read_annotations(root, half):
     """Annotations of a half ("train" or "test"): dict of identity -> list of 12 classes; empty where there are none.
-
     Two formats, both coded from 1: the course's CSV, and the authors' market_attribute.mat, whose two halves hold their
-    fields in different orders. Both are read by name.
-    """
+    fields in different orders. Both are read by name."""
     sources = [root / name for name in (f"annotations_{half}.csv", "market_attribute.mat")]
     if not (source := next(filter(Path.is_file, sources), None)):
         return {}
@@ -144,11 +141,9 @@ def read_annotations(root, half):
 
 
 def read_crops(paths, size, skip=False):
-    """Decode image files in threads: -> (uint8 [N, 3, H, W], the paths of these).
-
-    JPEGs go to torchvision's decoder up to 512 a call, where it is fastest; large ones, to save memory, few. What
-    cannot be read is a UserError or, with skip, named on stderr and left out.
-    """
+    """Decode image files in threads: -> (uint8 [N, 3, H, W], the paths of these). JPEGs go to torchvision's decoder up
+    to 512 a call, where it is fastest; large ones, to save memory, few. What cannot be read is a UserError or, with
+    skip, named on stderr and left out."""
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
     count, failed = max(1, 2**22 // max([2**13, *(path.stat().st_size for path in paths)])), {}
 
@@ -219,8 +214,8 @@ def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
 
     A matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes (hence the aspect ratio), and
     from where to where, across and down, it is erased. Beyond the report: a shift by a part of each side, and with
-    probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long as wide (Zhong et al. 2020).
-    """
+    probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long as wide (Zhong et al. 2020),
+    cut to the image's sides."""
     angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]
@@ -424,6 +419,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         if device.type in last["random"]:
             random.set_rng_state(last["random"][device.type])
         best = last["best"]
+    begun = zlib.crc32(repr([record["fingerprints"], len(record["epochs"])]).encode())
+    if world > 1 and add_up(torch.tensor(begun, device=device)) != world * begun:
+        raise UserError("The processes of this run do not begin alike: share the disk of --data, --init and --out.")
     for epoch in range(len(record["epochs"]) + 1, args.epochs + 1):
         if epoch - 1 - record["best epoch"] >= args.patience:
             print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
@@ -432,8 +430,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         batch, width = min(args.batch, len(rows)), rows.shape[1]
         steps, share = len(rows) // batch, len(rows[:batch].tensor_split(world)[rank]) / batch
         if batch < 2 * world:
-            raise UserError(f"{batch} items a step are too few for {world} processes, which take two or more each: "
-                            "raise --batch or start fewer.")
+            raise UserError(f"A step has {batch} items, too few for two or more in each process ({world}): raise "
+                            "--batch, take more crops or start fewer processes.")
         warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps if args.recipe == "strong" else {})
         warp, rows = warp.view(*rows.shape, 2, 5).to(device), rows.to(device)
         losses = torch.zeros(steps, device=device)
@@ -462,6 +460,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             add_up(tensor.mul_(share))  # the means over the processes
         with timed(record["seconds"], "validation"):
             figures = validate()
+        if world > 1:  # the first process's, so that all stop alike, as no two GPUs need compute the same
+            found = torch.tensor([*figures.values()], dtype=torch.float64, device=device) * (rank == 0)
+            figures = dict(zip(figures, add_up(found).tolist()))
         if epoch == 1 and not rank:
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
@@ -539,9 +540,11 @@ def load_last(out, checkpoint):
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
     differ = [name for kind in ("arguments", "fingerprints") for name, value in record[kind].items()
-              if name not in ("data", "init", "out", "device", "without") and value != last["record"][kind].get(name)]
+              if name not in ("data", "init", "out", "device", "without", "prior", "hamming", "threshold", "rerank")
+              and value != last["record"][kind].get(name)]
     if differ:
-        raise UserError(f"{path} is of a run with another {differ[0]}: resume with that, or start without --resume.")
+        name = differ[0].replace("rungs", "choice of --without")
+        raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")
     count = record["processes"]
     record.update(last["record"])
     if not is_own(out, record) and not processes()[0]:
@@ -658,10 +661,7 @@ def image_size(text):
 
 
 def shared_flags(parser, epochs, lr, batch, out, rungs):
-    """Add the flags of both scripts; their defaults are the report's, or pairs of the report's and the strong recipe's.
-
-    rungs: the steps that the strong recipe takes beyond the report, which --without leaves out.
-    """
+    """Add the flags of both scripts; pairs are defaults of the report and of strong, rungs what --without can take."""
     parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
     add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
@@ -758,7 +758,7 @@ def say_seconds(seconds, file=None):
 
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
-    other, args, code = int(os.environ.get("RANK", 0)) > 0, None, 2
+    other, args, code = os.environ.get("RANK", "0") != "0", None, 2
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
@@ -782,7 +782,9 @@ def run(main, parser):
     except KeyboardInterrupt:
         code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
             "stopped; the same command with --resume goes on after the last whole epoch."
-    time.sleep(0 if not other else 5 if code == 2 else 60)  # torchrun ends this one if the first has said the same
+        if other:  # at once, as torchrun waits for it, and without a word
+            os._exit(code)
+    time.sleep(5 * (other and code == 2))  # torchrun ends this process if the first has said the same
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)
@@ -852,11 +854,9 @@ RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "p
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
-    """Draw a data set of people in Market-1501's layout and names into folder `root`; the same for a seed.
-
-    identities: how many in the training half, and as many others in the test half; images_per_identity: crops of each
-    to train with or in the gallery, from two cameras or more. Queries, distractors, junk, annotations come with them.
-    """
+    """Draw a data set of people in Market-1501's layout into folder `root`: so many identities in the training half, as
+    many others in the test half, each with so many crops, from two cameras or more, to train with or in the gallery;
+    queries, distractors, junk and annotations come with them. The same for a seed."""
     root, rows, shots = Path(root), [], []
     random = np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
     for i in range(1, 2 * identities + 1):
