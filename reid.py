@@ -404,7 +404,7 @@ def same_person(curve, prior=None):
     log_odds = np.log(matches / others * share / (1 - share) / odds)
     falling = np.interp(edges, total / (matches + others), log_odds)
     return (lambda distances: 1 / (1 + np.exp(-np.interp(distances, edges, falling))),
-            float(np.interp(0, falling[::-1], edges[::-1])), float(share))
+            float(np.interp(0, falling[::-1], edges[::-1], left=0)), float(share))
 
 
 def show_calibration(title, curve, found, prior):
@@ -478,6 +478,9 @@ def train(args, record, stage_1, market, split):
     state = None if stage_1 else common.backbone_weights(args)
     with common.timed(record["seconds"], "preparing"):
         model, plan, criterion = recipe(args, market, rows, state)
+    seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
+    if len(validation) and len(seen) == len(seen.unique()):
+        raise UserError("No validation identity is seen by two cameras, so there is no match across cameras to score.")
     if stage_1:
         own, given = model.state_dict(), stage_1["model"]
         model.load_state_dict({k: given[k] if k in given and given[k].shape == v.shape else v for k, v in own.items()})
@@ -505,7 +508,7 @@ def train(args, record, stage_1, market, split):
             draw_distances(args.out.with_suffix(".png"), curve, args.prior)
         record["final"] |= {"validation": results, "threshold": threshold, "hamming": hamming,
                             "same person": {"distance": half, "share of matches": share}}
-        print(f"same person: 50 % or more up to a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match")
+        print(f"same person: 50 % at a distance of {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match")
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return record["final"].get("validation")
@@ -588,6 +591,8 @@ def evaluate(args, networks, checkpoint, seconds):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
     rows = par.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
     real = (test[1].person_ids != -1).nonzero()[:, 0]  # junk takes no part in anything, nor in the mean distance
+    if not len(real):
+        raise UserError(f"{args.data / common.PARTS['gallery']} holds nothing but junk to rank.")
     with common.timed(seconds, "embedding"):
         query, gallery = embed(networks, test[0]), embed(networks, test[1], real)
         validation = embed(networks, train, rows) if len(rows) else None
@@ -627,6 +632,8 @@ def show(path, query, gallery, test, real, count):
 def export(args, networks, checkpoint, seconds):
     """Write the test set's embeddings to --embed as NumPy arrays."""
     arrays, keys = {}, ("features", "ids", "cameras", "names")
+    if args.embed.exists() and "checkpoint" in np.load(args.embed):
+        raise UserError(f"{args.embed} is an index of a --gallery: name that folder too, or give another file.")
     for name in ("query", "gallery"):
         with common.timed(seconds, "loading"):
             part = common.load_market(args.data, name, args.size, annotated=False)
@@ -654,13 +661,14 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
     facts, known = {}, {}
     for file in common.user_files([path or args.gallery]):
         name, stat = str(file), file.stat()
-        if args.embed and Path(os.path.abspath(file)).drive == Path(os.path.abspath(args.embed)).drive:
-            name = os.path.relpath(file, args.embed.parent)
+        if args.embed and file.resolve().drive == args.embed.resolve().drive:
+            name = os.path.relpath(file.parent.resolve() / file.name, args.embed.parent.resolve())
         facts[file] = name, stat.st_size, stat.st_mtime_ns
     if args.embed and args.embed.exists():
         names, sizes, times, *values = load_index(args.embed, checkpoint, seconds).values()
         known = dict(zip(zip(names.tolist(), sizes.tolist(), times.tolist()), zip(*values)))
     new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
+    gone = len(known.keys() - set(facts.values()))
     for done in range(0, max(1, len(new)), BLOCK):
         with common.timed(seconds, "reading"):
             images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
@@ -679,7 +687,8 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
         if args.embed:
             arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
             common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
-            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape), flush=True)
+            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape)
+                  + f"; {gone} of another time have gone" * (gone > 0), flush=True)
     return index
 
 
@@ -689,7 +698,8 @@ def load_index(path, checkpoint, seconds):
         with common.timed(seconds, "reading"), np.load(path, allow_pickle=False) as file:
             index, origin = {k: file[f"gallery_{k}"] for k in INDEX}, file["checkpoint"].tolist()
     except Exception as error:  # NumPy and zip raise a dozen types on a damaged file, and on another's
-        raise UserError(f"{path} is not a readable index ({type(error).__name__}): write one, to a new name.") from None
+        reason = f"is not a readable index ({type(error).__name__})" if path.exists() else "does not exist"
+        raise UserError(f"{path} {reason}: --embed a --gallery, to a new name.") from None
     if origin != [*map(str, fingerprint(checkpoint))]:
         raise UserError(f"{path} is an index of another checkpoint's embeddings: write one of this, to a new name.")
     return index
@@ -700,7 +710,8 @@ def read_user_crops(args, networks, checkpoint, seconds, path):
     stored = path.suffix == ".npz"
     index = load_index(path, checkpoint, seconds) if stored else embed_files(args, networks, checkpoint, seconds, path)
     features, log_p = (torch.from_numpy(index[k]) for k in ("features", "log_p"))
-    return (lambda row: Path(os.path.normpath(os.path.join(path.parent if stored else "", index["names"][row]))),
+    base = path.parent if path.parent.resolve() == path.parent.absolute() else path.parent.resolve()  # of a link
+    return (lambda row: Path(os.path.normpath(os.path.join(base if stored else "", index["names"][row]))),
             Crops(features, log_p=log_p if log_p.numel() else None))
 
 
@@ -743,7 +754,7 @@ def search(args, networks, checkpoint, seconds):
                                     *((text, OTHER) for text in differ)], colour))
         common.table(f"Nearest to {query} of {len(distances)} images",
                      ["rank", "distance", "same person", "same attributes", "file"], lines)
-    print(f"\nSame person: 50 % or more up to a distance of {half:.3f}, where {100 * share:.3g} % of all pairs match, "
+    print(f"\nSame person: 50 % at a distance of {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match, "
           f"as {'--prior says' if args.prior else 'on validation'}." if curve else "\nSame person: cannot be said, as "
           f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
@@ -782,6 +793,11 @@ def fingerprint(checkpoint):
     return [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
 
 
+def threshold(text):
+    """An argparse type: "mean" or a distance."""
+    return text if text == "mean" else common.number(float, 0)(text)
+
+
 def parser():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -798,7 +814,7 @@ def parser():
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
-    add("--threshold", type=lambda text: text if text == "mean" else float(text), default="mean", metavar="T",
+    add("--threshold", type=threshold, default="mean", metavar="T",
         help="distance below which crops are returned (mean: of all pairs, report section 4.2.1)")
     add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among all pairs, "
         "for the probability of the same person (that of the validation crops)")
@@ -808,7 +824,7 @@ def parser():
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N of the test set's ranked lists, show.png")
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
     only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
-    add("--gallery", type=Path, metavar="FOLDER", help="to --search, --find in or --embed: images, or their index")
+    add("--gallery", type=Path, metavar="FOLDER", help="of images to --embed or, or an index F.npz, to search in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser

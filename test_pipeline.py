@@ -832,7 +832,7 @@ def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(mark
     root = shutil.copytree(market, tmp_path / "copy")
     for path in crops_of(root):
         path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s")))
-    run(reid, "--data", root, error="No query has a match in the gallery, so there is nothing to score")
+    run(reid, "--data", root, error="No validation identity is seen by two cameras")
     for path in crops_of(root)[18:]:  # 3 identities are too few to split
         path.unlink()
     out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--patience", 1, "--recipe", "strong",
@@ -1104,7 +1104,7 @@ BROKEN_DATA = [  # what the annotations hold, the first crop's name, or what was
     (lambda root: crops_of(root)[0].write_bytes(b""), "is not a readable image"),
     (Path("-1_c1s1_000025_01.jpg"), "shows no identity (0 or -1): move it away"),
     (Path("notes.txt"), "notes.txt is not named like a crop of Market-1501"),
-    (lambda root: (root / "annotations_train.csv").unlink(), "has no annotations: annotations_train.csv or"),
+    (lambda root: (root / "annotations_train.csv").unlink(), "lacks annotations_train.csv or market_attribute"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
     (lambda root: root.rename(root.with_name("gone")), "is not a folder"),
@@ -1144,7 +1144,7 @@ reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to sear
 reid --eval T/reid.pt --gallery N --find a=b: there is no attribute 'a', only age, gender, hair
 reid --eval T/reid.pt --gallery N --find hat=red: name one class of hat: no, yes
 reid --eval N/without.pt --gallery N --find hat=no: without.pt predicts no attributes to find by
-reid --eval T/reid.pt --gallery N --embed N/code.npz: is not a readable index (ValueError): write one, to a new name
+reid --eval T/reid.pt --gallery N --embed N/code.npz: is not a readable index (ValueError): --embed a --gallery
 reid --eval T/reid.pt --gallery N --embed N/x.npz: No image could be read from
 reid --eval T/reid.pt --embed T/reid.pt: give one that ends in .npz
 par --stats --out N/text/x.pt: par_stats.png cannot be written
@@ -1225,7 +1225,10 @@ def test_weights_that_cannot_be_had_and_processes_that_cannot_meet_are_told(tmp_
     assert common.backbone_weights(SimpleNamespace(weights="imagenet", resume=True, out=tmp_path / "o.pt")) is None
     with monkeypatch.context() as patch:
         patch.setattr(common, "processes", lambda: (0, 5))
-        run(par, *QUICK, error="8 items a step are too few for 5 processes, which take two or more each: raise --batch")
+        patch.setattr(common.dist, "all_reduce", lambda tensor: tensor.mul_(5))
+        run(par, *QUICK, error="A step has 8 items, too few for two or more in each process (5): raise --batch, take")
+        patch.setattr(common.dist, "all_reduce", lambda tensor: tensor.add_(1))
+        run(par, *QUICK, error="do not begin alike: share the disk of --data, --init and --out.")
     monkeypatch.setenv("RANK", "0")
     run(par, *QUICK, error="start them by torchrun, no more on a machine than it has GPUs, or unset the variable RANK.")
 
