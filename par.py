@@ -170,7 +170,7 @@ def load_train(args, annotated=True):
     if junk := [name for name, i in zip(market.names, market.person_ids.tolist()) if i < 1]:
         raise UserError(f"{junk[0]} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
     if annotated and (market.labels < 0).any():
-        raise UserError(f"{args.data} lacks annotations_train.csv or market_attribute.mat (reid.py: --without attributes).")
+        raise UserError(f"{args.data}: no annotations_train.csv or market_attribute.mat (or --without attributes).")
     return market
 
 

@@ -1104,7 +1104,7 @@ BROKEN_DATA = [  # what the annotations hold, the first crop's name, or what was
     (lambda root: crops_of(root)[0].write_bytes(b""), "is not a readable image"),
     (Path("-1_c1s1_000025_01.jpg"), "shows no identity (0 or -1): move it away"),
     (Path("notes.txt"), "notes.txt is not named like a crop of Market-1501"),
-    (lambda root: (root / "annotations_train.csv").unlink(), "lacks annotations_train.csv or market_attribute"),
+    (lambda root: (root / "annotations_train.csv").unlink(), ": no annotations_train.csv or market_attribute"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
     (lambda root: root.rename(root.with_name("gone")), "is not a folder"),
