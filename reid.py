@@ -632,7 +632,7 @@ def show(path, query, gallery, test, real, count):
 def export(args, networks, checkpoint, seconds):
     """Write the test set's embeddings to --embed as NumPy arrays."""
     arrays, keys = {}, ("features", "ids", "cameras", "names")
-    if args.embed.exists() and "checkpoint" in np.load(args.embed):
+    if args.embed.exists() and b"checkpoint.npy" in np.fromfile(args.embed, np.uint8, 99).tobytes():
         raise UserError(f"{args.embed} is an index of a --gallery: name that folder too, or give another file.")
     for name in ("query", "gallery"):
         with common.timed(seconds, "loading"):

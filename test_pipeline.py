@@ -788,13 +788,18 @@ def test_an_index_is_written_once_goes_on_and_answers_as_its_folder_does(trained
     shutil.copy(folder / names[6], folder / "new.jpg")
     rows, err = answers(index)  # as it was: but what has gone cannot be drawn
     assert rows == expected and err.count(f"{folder / names[3]} has gone") == (names[3] in str(rows[:5]))
-    _, stored, after = write()
+    said, stored, after = write()
+    assert "; 2 of another time have gone" in said
     assert sum(counts) == 2 and stored.tolist() == [f"mine/{name}" for name in [*names[:3], *names[4:], "new.jpg"]]
     assert np.array_equal(after[:3], before[:3]) and np.allclose(after[3], after[4], atol=1e-4)
     expected, _ = answers(folder)
     moved = shutil.move(home, tmp_path / "moved")  # folder and index together
     folder, saved, index = moved / "mine", torch_load(trained.reid), moved / "i.npz"
     assert str(answers(index)[0]).replace("moved", "home") == str(expected)
+    if os.name != "nt":  # which asks for rights to make a link
+        (tmp_path / "link").symlink_to(moved, target_is_directory=True)
+        assert answers(tmp_path / "link" / "i.npz") == answers(index)
+    run(reid, "--eval", trained.reid, "--embed", index, error="is an index of a --gallery: name that folder too")
     common.save_checkpoint(tmp_path / "other.pt", saved | {"record": saved["record"] | {"run": "another"}})
     run(reid, "--eval", tmp_path / "other.pt", "--find", "hat=no", "--gallery", index,
         error="is an index of another checkpoint's embeddings")
