@@ -665,12 +665,12 @@ def shared_flags(parser, epochs, lr, batch, out, rungs):
     parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
     add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
-    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="of strong: " + ", ".join(rungs))
+    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="leave out: " + ", ".join(rungs))
     add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="(section 4: %s; strong: %s)" % epochs)
-    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="peak rate (section 4: %s; strong: %s)" % lr)
+    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="how many (report: %s; strong: %s)" % epochs)
+    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="highest rate (report: %s; strong: %s)" % lr)
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
     add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, triplets or, stage 2 strong, "
         "fours of an identity (%s; strong: %s)" % batch)
