@@ -132,8 +132,11 @@ def short_fit(model, data, rows, out, validate=lambda: {"f1": 1.0}, criterion=No
                       SimpleNamespace(out=out, **defaults | settings), checkpoint)
 
 
-def start(*commands, launcher=(), **environment):
-    """Start commands, [script, arguments...] each, in turn in a process of their own, with this file's network."""
+def start(*commands, torchrun=False, **environment):
+    """Start commands, [script, arguments...] each, in turn in a process of this file, or by torchrun in two."""
+    if os.name == "nt" and (torchrun or environment):
+        pytest.skip("takes libuv, which PyTorch lacks on Windows")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * torchrun
     words = [str(getattr(word, "__name__", word)) for command in commands for word in (*command, "then")]
     return subprocess.Popen([sys.executable, "-u", *launcher, __file__, *words], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=os.environ | environment)
@@ -932,9 +935,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market,
     check_same_run(getattr(trained, script), out)
 
 
-TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-
-
 def test_two_processes_train_and_score_as_one_does(market, tmp_path, monkeypatch, run):
     """Without batch norm, whose statistics are of a process's own crops, to the same weights; both stages."""
     monkeypatch.setenv("NO_NORM", "yes")
@@ -943,7 +943,7 @@ def test_two_processes_train_and_score_as_one_does(market, tmp_path, monkeypatch
                  [reid, *few, "--batch", 9, "--init", folder / "par.pt", "--out", folder / "reid.pt"],
                  [reid, *few[:2], "--device", "cpu", "--eval", one / "reid.pt"]] for folder in (one, two)]
     said = [run(*command)[0] for command in commands[0]][-1]
-    out, err = start(*commands[1], launcher=TORCHRUN).communicate(timeout=100)
+    out, err = start(*commands[1], torchrun=True).communicate(timeout=100)
     assert " 2 x 1 threads " in out and out.count("epoch  2/2") == 2, err
     for name in ("par.pt", "reid.pt"):
         ours, theirs = (torch_load(folder / name)["model"] for folder in (one, two))
@@ -985,7 +985,7 @@ def test_a_killed_run_resumes_to_the_same_bits(module, count, market, trained, t
 @pytest.mark.parametrize("case", ["--data nowhere: --data nowhere is not a folder", "--out FAILS.pt: One cannot go on"])
 def test_a_process_that_fails_ends_all_with_one_sentence(case, market):
     words, sentence = case.split(": ")
-    _, err = start([par, "--data", market, *QUICK, *words.split()], launcher=TORCHRUN).communicate(timeout=60)
+    _, err = start([par, "--data", market, *QUICK, *words.split()], torchrun=True).communicate(timeout=60)
     assert err.count(f"par.py: {sentence}.") == 1 and "NCCL" not in err and 'common.py", line' not in err
 
 
