@@ -293,59 +293,43 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
     A crop's set: those of its k1 nearest that have it among theirs, and the like sets, of half the size, of those of
     which more than two thirds are in it; each with a weight that falls with the squared distance. The sets of the k2
     nearest are averaged. What comes out is the Jaccard distance of two sets and, in the part lambda_value, the squared
-    distance over the largest one. As the authors' code, but never with a matrix of all pairs: sets are lists.
-    """
-    features = query_features if gallery_features is None else torch.cat([query_features, gallery_features])
-    n, half, squares = len(features), round(k1 / 2) + 1, features.square().sum(1)
-    everyone, k1, k2 = torch.arange(n, device=features.device), min(k1 + 1, n), min(k2, n)
-
-    def squared_distances(i):
-        return torch.addmm(squares, features[i], features.T, alpha=-2).add_(squares[i, None]).clamp_(min=0)
-
-    def ranges(start, length):  # the numbers in several ranges, one after the other, and which range each is in
-        which = torch.arange(len(start), device=start.device).repeat_interleave(length)
-        return torch.arange(len(which), device=start.device) + (start + length - length.cumsum(0))[which], which
+    distance over the largest one. As the authors' code, but never with a matrix of all pairs: sets are sparse."""
+    query = every = Crops(query_features)
+    if gallery_features is not None:
+        every = Crops(torch.cat([query_features, gallery_features]))
+    features, half, n = every.features, round(k1 / 2) + 1, len(every.features)
+    numbers = torch.arange(n, device=features.device)
+    near, largest = numbers.new_zeros(n, min(k1 + 1, n)), torch.zeros_like(features[:, 0])
+    for rows, distances in distance_chunks(every, every):
+        near[rows], largest[rows] = distances.topk(near.shape[1], largest=False).indices, distances.amax(1).square()
 
     def mutual(k):  # [N, k]: which of a crop's k nearest have it among their own
-        return torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in everyone.split(512)])
+        return torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in numbers.split(512)])
 
-    near, largest = torch.zeros(n, k1, dtype=torch.int64, device=features.device), torch.zeros_like(squares)
-    for i in map(everyone.__getitem__, chunk_rows(n, n)):
-        distances = squared_distances(i)
-        near[i], largest[i] = distances.topk(k1, largest=False).indices, distances.amax(1)
-    whole, halves, sets = mutual(k1), mutual(half), []
-    for i in everyone.split(128):
+    whole, halves, sets = mutual(n), mutual(half), []
+    for i in numbers.split(512):
         own, theirs = torch.where(whole[i], near[i], n), near[near[i], :half]  # [C, k1], [C, k1, half]; n: no crop
         theirs = torch.where(halves[near[i]] & whole[i][:, :, None], theirs, n)
-        shared = (theirs[..., None] == torch.where(whole[i], near[i], -1)[:, None, None]).any(3).sum(2)
-        theirs[shared <= 2 / 3 * (theirs < n).sum(2)] = n
-        members = torch.cat([own, theirs.flatten(1)], 1).sort(1)[0]
-        members[:, 1:][members[:, 1:] == members[:, :-1]] = n  # each once
-        row, column = (members < n).nonzero(as_tuple=True)
-        a, b = i[row], members[row, column]
-        apart = squares[a] + squares[b] - 2 * (features[a] * features[b]).sum(1)
-        weight = (-apart.clamp(min=0) / largest[a]).exp()
-        sets.append((a, b, weight / weight.new_zeros(len(i)).index_add(0, row, weight)[row]))
-    a, b, weight = map(torch.cat, zip(*sets))  # crop, member of its set, weight; in the order of the crops
-    length, sets = a.bincount(minlength=n), []
-    for i in everyone.split(128):
-        from_ = near[i, :k2].flatten()
-        at, which = ranges((length.cumsum(0) - length)[from_], length[from_])
-        mean = weight.new_zeros(len(i) * n).index_add_(0, which // k2 * n + b[at], weight[at] / k2)
-        found = mean.nonzero()[:, 0]
-        sets.append((found // n + i[0], found % n, mean[found]))
-    a, b, weight = map(torch.cat, zip(*sets))
-    by_member, length = b.argsort(stable=True), b.bincount(minlength=n)
-    for i in everyone[:len(query_features)].split(64):
-        mine = slice(*torch.searchsorted(a, torch.stack([i[0], i[-1] + 1])).tolist())
-        at, which = ranges((length.cumsum(0) - length)[b[mine]], length[b[mine]])
-        at, row = by_member[at], (a[mine] - i[0])[which]
-        shared = weight.new_zeros(len(i) * n).index_add_(0, row * n + a[at], weight[mine][which].minimum(weight[at]))
-        distances = squared_distances(i).div_(largest[i, None]).mul_(lambda_value)
-        distances.add_(1 - (shared / (2 - shared)).view(len(i), n), alpha=1 - lambda_value)
-        if gallery_features is None:
-            distances.diagonal(int(i[0])).fill_(torch.inf)
-        yield slice(int(i[0]), int(i[-1]) + 1), distances[:, 0 if gallery_features is None else len(query_features):]
+        member = torch.zeros(len(i), n + 1, dtype=torch.bool, device=i.device).scatter_(1, own, True)
+        shared = member.gather(1, theirs.flatten(1)).view_as(theirs) & (theirs < n)
+        theirs[shared.sum(2) <= 2 / 3 * (theirs < n).sum(2)] = n
+        sets.append(member.scatter_(1, theirs.flatten(1), True)[:, :n].to_sparse())
+    pairs = torch.cat(sets).coalesce().indices()  # crops and the members of their sets
+    fall = torch.cat([(features[a] - features[b]).square().sum(1) / -largest[a] for a, b in pairs.split(2**14, 1)])
+    sets = torch.sparse_coo_tensor(pairs, fall, (n, n), is_coalesced=True, check_invariants=False)
+    sets = torch.sparse.softmax(sets, 1)  # [N, N]: the weights of the members of each crop's set, 1 together
+    sets = torch.stack([sets.index_select(0, kth) for kth in near[:, :k2].T])
+    sets = (torch.sparse.sum(sets, 0) / min(k2, n)).coalesce()
+    by_member = sets.t().coalesce()
+    for rows, distances in distance_chunks(query, None if every is query else every):
+        i = numbers[:len(query_features)][rows]
+        own = sets.index_select(0, i).coalesce()
+        (row, b), weight = own.indices(), own.values()
+        found = by_member.index_select(0, b).coalesce()
+        (which, a), shared = found.indices(), torch.zeros_like(distances)
+        shared.view(-1).index_add_(0, row[which] * n + a, weight[which].minimum(found.values()))
+        mixed = (1 - shared / (2 - shared)).lerp_(distances.square() / largest[i, None], lambda_value)
+        yield rows, mixed.where(distances < torch.inf, torch.inf)[:, 0 if every is query else len(query_features):]
 
 
 def score_selections(query, gallery, selections, cross_camera, chunks=None, summary=mean_metrics):
