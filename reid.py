@@ -228,7 +228,12 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     slot = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]  # among its query's matches
     values = ranked.new_full((len(ranked), max(1, int(found.max()))), torch.inf)  # [C, M], their distances
     values[rows, slot] = ranked[rows, columns]
-    ordered = sort_rows(ranked)
+    ordered = ranked.clone()  # NumPy sorts values with vector instructions, many times as fast as anyone sorts indices
+    if ranked.device.type == "cpu":
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(np.ndarray.sort, np.array_split(ordered.numpy(), torch.get_num_threads())))
+    else:
+        ordered = ranked.sort(1)[0]
     if ordered[:, -1:].isnan().any():  # where NaN is sorted to
         raise UserError("Distances are NaN: the network that made the embeddings diverged. Train with a lower --lr.")
     nearer = torch.searchsorted(ordered, values)
@@ -238,29 +243,15 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     for part in chunk_rows(len(rows), ranked.shape[1]):
         r, c = rows[part], columns[part]
         nearer[r, slot[part]] += ((ranked[r] == ranked[r, c][:, None]) & (index < c[:, None])).sum(1)
-
-    exists = torch.arange(values.shape[1], device=rows.device) < found[:, None]
-    rank = torch.where(exists, nearer + 1, torch.iinfo(torch.int64).max).sort(1)[0].double()  # [C, M], nearest first
     hits = torch.arange(1, values.shape[1] + 1, device=rows.device).double()
-    at = torch.where(exists, hits / rank, 0)
-    just_before = torch.where(exists, torch.where(rank > 1, (hits - 1) / (rank - 1).clamp(min=1), 1), 0)
+    rank = (nearer + 1).double().where(hits <= found[:, None], torch.inf).sort(1)[0]  # [C, M], nearest first
+    at, just_before = hits / rank, ((hits - 1) / (rank - 1)).nan_to_num(1)  # 0 / 0 is before the first of all
     last = rank.gather(1, (found - 1).clamp(min=0)[:, None])[:, 0]
     length = torch.searchsorted(ordered, ordered.new_full((len(ordered), 1), torch.inf))[:, 0].double()
     matches, early = matches.double(), [rank[:, 0] <= k for k in (1, 5, 10)]
     return torch.stack([at.sum(1) / matches, (at + just_before).sum(1) / 2 / matches, *early,
                         torch.where(found == matches, matches / last, 0), found / length.clamp(min=1),
                         found / matches, length, matches])
-
-
-def sort_rows(values):
-    """Each row of float [C, G] in ascending order. NumPy sorts with vector instructions, many times as fast as any sort
-    of indices: a match's rank is then where its distance stands in its row."""
-    if values.device.type != "cpu":
-        return values.sort(1)[0]
-    ordered = values.clone()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda rows: rows.sort(1), np.array_split(ordered.numpy(), torch.get_num_threads())))
-    return ordered
 
 
 def mean_metrics(scores):
