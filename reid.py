@@ -524,27 +524,23 @@ def score_and_show(args, query, gallery, hamming):
 def draw_distances(path, curve, prior):
     """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each; and what probability
     of the same person follows from that, from 0 to 100 % over the height."""
-    edges, font, (p, half, _) = curve["edges"], ImageFont.load_default(40), same_person(curve, prior)
+    (p, half, _), x, font = same_person(curve, prior), curve["edges"][5::10], ImageFont.load_default(40)
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
     lines = {name: 100 * n.view(-1, 10).sum(1) / n.sum() for name, n in counts.items()}
-    end, high = edges[-1].item(), max(line.max().item() for line in lines.values())
-    lines[f"same person (50 % at {half:.2f})"] = high * torch.from_numpy(p(edges[5::10]))
+    end, high = curve["edges"][-1].item(), max(line.max().item() for line in lines.values())
+    lines[f"same person (50 % at {half:.2f})"] = high * torch.from_numpy(p(x))
     picture, legend = Image.new("RGB", (2240, 1240), "white"), 2200
     pen = ImageDraw.Draw(picture)
-
-    def at(x, y):
-        return 140 + 1940 * x / end, 1140 - 990 * y / high
-
-    for x in np.arange(0, end, float(f"{end / 5:.0e}")):  # round numbers
-        pen.text(at(x, 0), f"\n{x:.6g}", common.INK, font, "ma")
-    for k in range(5):
-        pen.text(at(0, high * k / 4), f"{high * k / 4:.1f} % ", common.INK, font, "rm")
-        pen.text(at(end, high * k / 4), f" {25 * k} %", common.COLOURS[2], font, "lm")
+    pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
+    for k in (0, 0.25, 0.5, 0.75, 1):
+        pen.text((140 + 1940 * k, 1140), f"\n{k * end:.2f}", common.INK, font, "ma")
+        pen.text((140, 1140 - 990 * k), f"{k * high:.1f} % ", common.INK, font, "rm")
+        pen.text((2080, 1140 - 990 * k), f" {100 * k:.0f} %", common.COLOURS[2], font, "lm")
     for (name, line), colour in zip(lines.items(), common.COLOURS):
-        pen.line([at(x, y) for x, y in zip(edges[5::10].tolist(), line.tolist())], colour, 8, joint="curve")
+        points = torch.stack([140 + 1940 * x / end, 1140 - 990 * line / high], 1)
+        pen.line([*map(tuple, points.tolist())], colour, 8, joint="curve")
         pen.text((legend, 60), name, colour, font, "rm")
         legend -= pen.textlength(name, font) + 60
-    pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
     common.write_picture(path, picture.reduce(2))
 
 
