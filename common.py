@@ -644,12 +644,12 @@ def torch_load(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
-def number(kind, low, high=10**9):
-    """An argparse type: `kind`, int or float, from `low` to `high`."""
+def number(kind, low, high=10**9, word=None):
+    """An argparse type: `kind`, int or float, from `low` to `high`; or `word`."""
     def number(text):
-        if not low <= kind(text) <= high:
+        if text != word and not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-        return kind(text)
+        return text if text == word else kind(text)
     return number
 
 

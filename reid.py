@@ -764,11 +764,6 @@ def fingerprint(checkpoint):
     return [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
 
 
-def threshold(text):
-    """An argparse type: "mean" or a distance."""
-    return text if text == "mean" else common.number(float, 0)(text)
-
-
 def parser():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -785,7 +780,7 @@ def parser():
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
-    add("--threshold", type=threshold, default="mean", metavar="T",
+    add("--threshold", type=common.number(float, 0, word="mean"), default="mean", metavar="T",
         help="distance below which crops are returned (mean: of all pairs, report section 4.2.1)")
     add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among all pairs, "
         "for the probability of the same person (that of the validation crops)")
