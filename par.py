@@ -256,10 +256,11 @@ def evaluate(args, record, checkpoint):
     common.say_seconds(seconds)
 
 
-def load(args, checkpoint):
-    """The `AttributeNet` that a checkpoint holds, on args.device."""
+def load(args, checkpoint, model=None):
+    """The network that a checkpoint holds, on args.device: an `AttributeNet`, or else `model` with its weights."""
     own, identities = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
-    model = AttributeNet(head=own["head"], identities=identities * (own["recipe"] == "strong"), rungs=own["rungs"])
+    identities *= own["recipe"] == "strong"
+    model = model or AttributeNet(head=own["head"], identities=identities, rungs=own["rungs"])
     model.load_state_dict(checkpoint["model"])
     return model.to(args.device)
 

@@ -547,11 +547,7 @@ def draw_distances(path, curve, prior):
 def load(args, checkpoint):
     """The networks of a checkpoint: (the one that embeds, the one that predicts attributes, or None)."""
     own, stage_1 = checkpoint["record"]["arguments"], checkpoint["stage 1"]
-    if own["recipe"] == "strong":
-        model = par.load(args, checkpoint)
-    else:
-        model = EmbeddingNet(own["dim"]).to(args.device)
-        model.load_state_dict(checkpoint["model"])
+    model = par.load(args, checkpoint, EmbeddingNet(own["dim"]) if own["recipe"] == "report" else None)
     return model, model if "attributes" in own["rungs"] else stage_1 and par.load(args, stage_1)
 
 
