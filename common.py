@@ -145,7 +145,7 @@ def read_crops(paths, size, skip=False):
     to 512 a call, where it is fastest; large ones, to save memory, few. What cannot be read is a UserError or, with
     skip, named on stderr and left out."""
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
-    count, failed = max(1, 2**22 // max([2**13, *(path.stat().st_size for path in paths)])), {}
+    count, failed = max(1, 2**22 // max([2**13, *(path.stat().st_size for path in paths if path.exists())])), {}
 
     def read(start):
         decoded = batch = paths[start:start + count]

@@ -579,9 +579,8 @@ def evaluate(args, networks, checkpoint, seconds):
 def show(path, query, gallery, test, real, count):
     """Draw `count` queries of the test set, spread from the highest AP to the lowest, and what is nearest to each."""
     precision, *_, matches = score_selections(query, gallery, EVERY, cross_camera=True, summary=list)["none"]
-    order = precision.argsort(descending=True)
-    order = order[matches[order] > 0]
-    picked = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long().to(order.device)]
+    picked = precision.nan_to_num(-1).argsort(descending=True)[:(matches > 0).sum()]
+    picked = picked[torch.linspace(0, len(picked) - 1, min(count, len(picked))).round().long().to(picked.device)]
     distances = torch.cdist(query.features[picked], gallery.features)
     match = gallery.ids == query.ids[picked, None]
     distances[match & (gallery.cameras == query.cameras[picked, None])] = torch.inf
@@ -602,14 +601,12 @@ def export(args, networks, checkpoint, seconds):
     if args.embed.exists() and b"checkpoint.npy" in np.fromfile(args.embed, np.uint8, 99).tobytes():
         raise UserError(f"{args.embed} is an index of a --gallery: name that folder too, or give another file.")
     for name in ("query", "gallery"):
-        with common.timed(seconds, "loading"):
-            part = common.load_market(args.data, name, args.size, annotated=False)
         with common.timed(seconds, "embedding"):
+            part = common.load_market(args.data, name, args.size, annotated=False)
             values = embed((networks[0], None), part).features.cpu(), part.person_ids, part.camera_ids, part.names
         arrays |= {f"{name}_{key}": np.asarray(value) for key, value in zip(keys, values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
-    print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings of "
-          f"{arrays['query_features'].shape[1]} dimensions")
+    print(f"{args.embed}: embeddings of {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery crops")
 
 
 # ------------------------------------------------------------------------------------------------- the user's images
@@ -621,10 +618,9 @@ INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row ea
 def embed_files(args, networks, checkpoint, seconds, path=None):
     """Embed an image, or all in a folder (--gallery), in blocks, in bounded memory: -> dict of the INDEX arrays.
 
-    log_p is [N, 0] without a stage-1 network. With --embed these are an index, saved there. Its names are relative to
-    its own folder, so that they can be moved together, unless on another drive. What it holds already, of a run that
-    was cut off or an earlier one, is not embedded anew where name, size and time are still the same.
-    """
+    log_p is [N, 0] where no attributes are predicted. With --embed these are an index, saved there, whose names are
+    relative to its folder, unless on another drive, so that they can be moved together. What it holds already, of a run
+    that was cut off or an earlier one, is not embedded anew where name, size and time are still the same."""
     facts, known = {}, {}
     for file in common.user_files([path or args.gallery]):
         name, stat = str(file), file.stat()
@@ -632,10 +628,8 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
             name = os.path.relpath(file.parent.resolve() / file.name, args.embed.parent.resolve())
         facts[file] = name, stat.st_size, stat.st_mtime_ns
     if args.embed and args.embed.exists():
-        names, sizes, times, *values = load_index(args.embed, checkpoint, seconds).values()
-        known = dict(zip(zip(names.tolist(), sizes.tolist(), times.tolist()), zip(*values)))
+        known = {row[:3]: row[3:] for row in zip(*load_index(args.embed, checkpoint, seconds).values())}
     new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
-    gone = len(known.keys() - set(facts.values()))
     for done in range(0, max(1, len(new)), BLOCK):
         with common.timed(seconds, "reading"):
             images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
@@ -654,8 +648,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
         if args.embed:
             arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
             common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
-            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape)
-                  + f"; {gone} of another time have gone" * (gone > 0), flush=True)
+            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape), flush=True)
     return index
 
 
@@ -684,14 +677,11 @@ def read_user_crops(args, networks, checkpoint, seconds, path):
 
 def draw_hits(path, rows, size):
     """As `common.sheet`, of cells (file, lines, colour), whose crops are read only now; what has gone is left out."""
-    files = {file: file.exists() for row in rows for file, _, _ in row}
-    for file in (file for file, there in files.items() if not there):
-        print(f"Left out of the picture: {file} has gone.", file=sys.stderr)
-    crops, read = common.read_crops([file for file, there in files.items() if there], size, skip=True)
+    crops, read = common.read_crops([*{file: None for row in rows for file, *_ in row}], size, skip=True)
     crops = dict(zip(read, crops))
     rows = [[(crops[file], *rest) for file, *rest in row if file in crops] for row in rows]
-    if rows := [row for row in rows if row]:
-        common.sheet(path, rows)
+    if any(rows):
+        common.sheet(path, [row for row in rows if row])
 
 
 def search(args, networks, checkpoint, seconds):
@@ -708,10 +698,9 @@ def search(args, networks, checkpoint, seconds):
     for i, distances in enumerate(row for _, chunk in distance_chunks(asked, crops) for row in chunk):
         query, described, lines = query_path(i), describe(asked, i), []
         rows.append([(query, ["query", query.stem, *described], None)])
-        nearest = distances.topk(min(args.top + 1, len(distances)), largest=False)  # one more, as it may be the query
-        hits = [(path(g), g, d) for g, d in zip(nearest.indices.tolist(), nearest.values.tolist())]
-        hits = [hit for hit in hits if hit[0].resolve() != query.resolve()][:args.top]
-        for rank, (file, g, d) in enumerate(hits, 1):
+        values, near = map(torch.Tensor.tolist, distances.topk(min(args.top + 1, len(distances)), largest=False))
+        hits = [hit for hit in zip(map(path, near), near, values) if hit[0].resolve() != query.resolve()]  # one more
+        for rank, (file, g, d) in enumerate(hits[:args.top], 1):
             sure = float(probability(d))
             told, colour = f"{100 * sure:.1f} %" if curve else "-", MATCH if sure >= 0.5 else common.GREY
             differ = [theirs for ours, theirs in zip(described, describe(crops, g)) if ours != theirs]
@@ -719,8 +708,8 @@ def search(args, networks, checkpoint, seconds):
             lines.append([str(rank), f"{d:.3f}", told, alike, str(file)])
             rows[-1].append((file, [(f"{rank}: {d:.2f}, {told}", colour), file.stem, f"shares {alike}",
                                     *((text, OTHER) for text in differ)], colour))
-        common.table(f"Nearest to {query} of {len(distances)} images",
-                     ["rank", "distance", "same person", "same attributes", "file"], lines)
+        header = ["rank", "distance", "same person", "same attributes", "file"]
+        common.table(f"Nearest to {query} of {len(distances)} images", header, lines)
     print(f"\nSame person: 50 % at a distance of {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match, "
           f"as {'--prior says' if args.prior else 'on validation'}." if curve else "\nSame person: cannot be said, as "
           f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
@@ -729,26 +718,23 @@ def search(args, networks, checkpoint, seconds):
 
 def find(args, networks, checkpoint, seconds):
     """List the crops in --gallery by the probability of the classes that --find names, and draw them, find.png."""
-    words, asked, lines, cells = [f"{a}={name}" for a, classes in ATTRIBUTES.items() for name in classes], [], [], []
-    for word in map(str.lower, args.find):
-        attribute = word.partition("=")[0]
-        if attribute not in ATTRIBUTES:
-            raise UserError(f"--find {word}: there is no attribute '{attribute}', only {', '.join(ATTRIBUTES)}.")
-        if word not in words or any(other.startswith(f"{attribute}=") for other in asked):
-            raise UserError(f"--find {word}: name one class of {attribute}: {', '.join(ATTRIBUTES[attribute])}.")
-        asked.append(word)
+    every = [(attribute, name) for attribute, classes in ATTRIBUTES.items() for name in classes]
+    asked = dict(word.lower().partition("=")[::2] for word in args.find)
+    for attribute, name in asked.items():
+        if name not in (classes := ATTRIBUTES.get(attribute, ())) or len(asked) < len(args.find):
+            raise UserError(f"--find {attribute}={name}: name " + (f"one class of {attribute}: {', '.join(classes)}."
+                            if classes else f"one of these attributes: {', '.join(ATTRIBUTES)}."))
     if networks[1] is None:
         raise UserError(f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe strong.")
     path, crops = read_user_crops(args, networks, checkpoint, seconds, args.gallery)
-    log_p, asked = crops.log_p[:, [*map(words.index, asked)]], [word.replace("=", " ") for word in asked]
-    best = log_p.sum(1).topk(min(args.top, len(log_p)))
+    log_p, words = crops.log_p[:, [*map(every.index, asked.items())]], [*map(" ".join, asked.items())]
+    best, lines, cells = log_p.sum(1).topk(min(args.top, len(log_p))), [], []
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
         file, each = path(g), log_p[g].exp().tolist()
         lines.append([str(rank), f"{value:.3g}", f"{sum(p > 0.5 for p in each)} of {len(each)}", str(file)])
         cells.append((file, [f"{rank}: {value:.3g}", file.stem, *(
-            (f"{word} {p:.2f}", common.INK if p > 0.5 else OTHER) for word, p in zip(asked, each))], None))
-    common.table(f"{', '.join(asked)}, among {len(log_p)} images",
-                 ["rank", "probability", "probable", "file"], lines)
+            (f"{word} {p:.2f}", common.INK if p > 0.5 else OTHER) for word, p in zip(words, each))], None))
+    common.table(f"{', '.join(words)}, among {len(log_p)} images", ["rank", "probability", "probable", "file"], lines)
     draw_hits(args.out.with_name("find.png"), [cells[i:i + 5] for i in range(0, min(50, len(cells)), 5)], args.size)
 
 

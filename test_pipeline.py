@@ -790,9 +790,8 @@ def test_an_index_is_written_once_goes_on_and_answers_as_its_folder_does(trained
     shutil.copy(folder / names[5], folder / names[4])
     shutil.copy(folder / names[6], folder / "new.jpg")
     rows, err = answers(index)  # as it was: but what has gone cannot be drawn
-    assert rows == expected and err.count(f"{folder / names[3]} has gone") == (names[3] in str(rows[:5]))
+    assert rows == expected and err.count(f"Skipped: {folder / names[3]} is") == (names[3] in str(rows[:5]))
     said, stored, after = write()
-    assert "; 2 of another time have gone" in said
     assert sum(counts) == 2 and stored.tolist() == [f"mine/{name}" for name in [*names[:3], *names[4:], "new.jpg"]]
     assert np.array_equal(after[:3], before[:3]) and np.allclose(after[3], after[4], atol=1e-4)
     expected, _ = answers(folder)
@@ -1147,7 +1146,7 @@ reid --recipe strong --without identity triplets attributes: leaves nothing to t
 par --without neck: --without leaves out steps of the strong recipe: pass --recipe strong too
 reid --embed N/x.npz: --embed needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to search, and --gallery with one of these or
-reid --eval T/reid.pt --gallery N --find a=b: there is no attribute 'a', only age, gender, hair
+reid --eval T/reid.pt --gallery N --find a=b: name one of these attributes: age, gender, hair
 reid --eval T/reid.pt --gallery N --find hat=red: name one class of hat: no, yes
 reid --eval N/without.pt --gallery N --find hat=no: without.pt predicts no attributes to find by
 reid --eval T/reid.pt --gallery N --embed N/code.npz: is not a readable index (ValueError): --embed a --gallery
