@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import gc
 import hashlib
 import io
 import itertools
@@ -32,12 +33,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+gc.disable()  # nothing of what is imported is ever garbage: to look for some would take longer than a search
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms.v2.functional import resize
+
+gc.freeze(), gc.enable()
 
 # Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
 # class of both colours, "multi", is the report's own (section 2): an identity with no single colour flagged.
@@ -60,7 +65,6 @@ class UserError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
-
 
 @dataclass
 class Market:
@@ -208,10 +212,8 @@ def split_identities(person_ids, fraction=0.6, seed=0):
 
 # ------------------------------------------------------------------------------------------- the network and its input
 
-
 def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
     """Augmentation of [report] section 2, flip (p 0.5) and rotation (uniform in +-degrees): float32 [count, 2, 5].
-
     A matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes (hence the aspect ratio), and
     from where to where, across and down, it is erased. Beyond the report: a shift by a part of each side, and with
     probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long as wide (Zhong et al. 2020),
@@ -305,7 +307,6 @@ def backbone_weights(args):
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
-
 
 def learning_rate(step, steps, peak, warmup):
     """Linear from 0 to `peak` over the first `warmup` of all steps, then linear to 0 ([report] section 4.1)."""
@@ -516,7 +517,6 @@ def progress(text):
 
 
 # ------------------------------------------------------------------------------------------- files, settings, errors
-
 
 def processes():
     """Which of the processes that torchrun started this one is, and how many they are; (0, 1) without torchrun."""
