@@ -25,7 +25,6 @@ from common import ATTRIBUTES, SIZES, UserError
 
 # ------------------------------------------------------------------------------------------------ network and losses
 
-
 class AttributeNet(nn.Module):
     """[report] figure 1: crops [B, 3, H, W] in 0..255 -> logits of all classes, attribute after attribute, [B, 41].
 
@@ -117,7 +116,6 @@ def class_counts(labels):
 
 
 # --------------------------------------------------------------------------------------- scoring, training, results
-
 
 def log_probabilities(output):
     """Of all classes, from a network's output, which begins with their logits: [N, 41 or more] -> float32 [N, 41]."""
@@ -316,7 +314,6 @@ def statistics(args):
 
 
 # ------------------------------------------------------------------------------------------------- the command line
-
 
 def parser():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],

@@ -6,10 +6,9 @@
     python reid.py --init par_best.pt --compare         both: table 1
     python reid.py --recipe strong                      what is known since the report
     python reid.py --eval reid_best.pt                  score, --rerank; --show N: as a picture
-    python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set
-    python reid.py --eval reid_best.pt --embed F.npz --gallery FOLDER    an index of your own crops
+    python reid.py --eval reid_best.pt --embed F.npz    the test set's embeddings or, --gallery FOLDER, your own crops'
     python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER      who is it? FOLDER or
-    python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER      an index, F.npz
+    python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER      what --embed made of it, F.npz
 
 [report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
 Trebucchi (University of Trento); tables and figures have its numbers.
@@ -42,13 +41,11 @@ RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "stride", "e
 
 # ---------------------------------------------------------------------------------------------- clusters and triplets
 
-
 def cluster_histograms(images, clusters, seed=0):
     """Group visually similar crops ([report] section 3.2.2): uint8 [N, 3, H, W] -> int64 [N] in 0..clusters-1.
 
     k-means, from a k-means++ start, over colour histograms of 8 x 8 x 8 bins. On their square roots, where the squared
-    Euclidean distance is Hellinger's: on raw counts a few full bins (the background's) would decide alone.
-    """
+    Euclidean distance is Hellinger's: on raw counts a few full bins (the background's) would decide alone."""
     if len(images) == 0:
         raise UserError("There are no crops to cluster.")
     histograms = []
@@ -57,8 +54,7 @@ def cluster_histograms(images, clusters, seed=0):
         row = torch.arange(len(part), dtype=torch.int16, device=part.device)[:, None]
         codes = row << 9 | red.short() << 6 | green << 3 | blue
         histograms.append(torch.bincount(codes.flatten(), minlength=512 * len(part)))
-    histograms = torch.cat(histograms).view(-1, 512)
-    points = (histograms / histograms.sum(1, keepdim=True)).sqrt()
+    points = F.normalize(torch.cat(histograms).view(-1, 512).float(), p=1).sqrt()
     draws = torch.rand(min(clusters, len(points)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     nearest = torch.full((len(points),), 4.0, device=points.device)  # squared distance to the nearest centre so far
@@ -84,8 +80,7 @@ def sample_triplets(person_ids, clusters, generator=None):
 
     The positive is another image of the anchor's identity, the negative another identity's image from the anchor's
     cluster; from anywhere where that cluster holds a single identity. Images that are the only one of their identity
-    have no positive: they serve as negatives only, and there are as many rows fewer.
-    """
+    have no positive: they serve as negatives only, and there are as many rows fewer."""
     ids, clusters, n = person_ids.cpu().unique(return_inverse=True)[1], clusters.cpu(), len(person_ids)
     draw = torch.rand(2, n, generator=generator, dtype=torch.float64)
 
@@ -117,8 +112,7 @@ def sample_groups(person_ids, size=4, generator=None):
     """Groups of crops of one identity, for batches of P identities x K crops: int64 [N] -> int64 [n, size], shuffled.
 
     Each identity's crops are cut at random into as many groups as come nearest to each crop once, at least one; a group
-    that lacks crops takes some again. The groups of an identity are spread over the whole order.
-    """
+    that lacks crops takes some again. The groups of an identity are spread over the whole order."""
     ids = person_ids.cpu().unique(return_inverse=True)[1]
     draw = torch.rand(2, len(ids), generator=generator, dtype=torch.float64)
     by_id, count = (ids + draw[0]).argsort(), ids.bincount()
@@ -131,7 +125,6 @@ def sample_groups(person_ids, size=4, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------- network and loss
-
 
 class EmbeddingNet(nn.Module):
     """[report] figure 2: stage 1 without its heads, ReLU, a fully connected layer: crops [B, 3, H, W] -> [B, dim]."""
@@ -165,7 +158,6 @@ def hard_triplet_loss(features, ids):
 
 # -------------------------------------------------------------------------------------- the ranking, and how sure it is
 
-
 @dataclass
 class Crops:
     """What ranking needs of N crops."""
@@ -196,8 +188,7 @@ def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_camer
 
     mAP: the mean over the matches of the precision at each; mAP_trapezoid: of the mean of the precisions at and just
     before each, as Market-1501's MATLAB code does; rank1, rank5, rank10: queries with a match that early; mINP
-    (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall.
-    """
+    (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall."""
     scores = [rank_queries(distances[rows], query_ids[rows], query_cameras[rows], gallery_ids, gallery_cameras,
                            None if keep is None else keep[rows], cross_camera) for rows in chunk_rows(*distances.shape)]
     return mean_metrics(torch.cat(scores, 1))
@@ -263,10 +254,8 @@ def mean_metrics(scores):
 
 
 def distance_chunks(query, gallery=None):
-    """Yield (slice of queries, Euclidean distances [C, G]) in bounded memory.
-
-    Here and below, gallery None stands for each query against all the others; its distance to itself is +inf.
-    """
+    """Yield (slice of queries, Euclidean distances [C, G]) in bounded memory. Here and below, gallery None stands for
+    each query against all the others; its distance to itself is +inf."""
     others, gallery = gallery is None, gallery or query
     squares = torch.cat([part.square().sum(1) for part in gallery.features.split(2**16)])  # of a million, at once: 2 GB
     for rows in chunk_rows(len(query.features), len(squares)):
@@ -325,10 +314,8 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
 
 def score_selections(query, gallery, selections, cross_camera, chunks=None, summary=mean_metrics):
     """Rank under several selections, in one pass over the distances: dict of name -> `summary` of [metrics, Q].
-
     selections: dict of name -> the distance below which a crop is returned, and how many of its predicted attributes
-    may differ from the query's. chunks: of other distances, as `distance_chunks` yields them.
-    """
+    may differ from the query's. chunks: of other distances, as `distance_chunks` yields them."""
     shown, (rank, world) = gallery or query, common.processes()
     # Room in one place, as small tensors between the chunks' large ones would make memory grow from chunk to chunk.
     scores = {k: query.features.new_zeros(len(METRICS), len(query.ids), dtype=torch.float64) for k in selections}
@@ -364,9 +351,7 @@ def same_person(curve, prior=None):
 
     curve: as from `distance_histograms`. The odds of its bins must fall with the distance: bins where they do not are
     joined (pool adjacent violators, Ayer et al. 1955), and the log-odds interpolated between the means of those. A pair
-    of each kind more, where it is least expected, keeps all finite. On Market-1501's test set a logistic curve was off
-    by nearly twice as much.
-    """
+    of each kind more, where it is least expected, keeps all finite."""
     counts, edges, joined = np.stack([curve["matches"], curve["others"]]), curve["edges"].numpy(), []
     odds = np.divide(*counts.sum(1).clip(min=1))
     counts[[1, 0], [0, -1]] += 1
@@ -396,7 +381,6 @@ def show_calibration(title, curve, found, prior):
 
 
 # ----------------------------------------------------------------------------------------------- training and results
-
 
 def embed(networks, market, rows=slice(None)):
     """Embed crops of a `Market` with the first network and predict their attributes with the second, if any: Crops."""
@@ -444,10 +428,8 @@ def strong_recipe(args, market, rows, state):
 
 
 def train(args, record, stage_1, market, split):
-    """Train from a checkpoint of stage 1, or else from --weights; write checkpoint, record and figure 3.
-
-    -> metrics on validation: dict of protocol ("all cameras", the report's, and "across cameras") -> of selection.
-    """
+    """Train from a checkpoint of stage 1, or else from --weights; write checkpoint, record and figure 3: -> metrics on
+    validation, dict of protocol ("all cameras", the report's, and "across cameras") -> of selection."""
     rows, validation = (which.nonzero()[:, 0] for which in split)
     record, recipe = copy.deepcopy(record), strong_recipe if args.recipe == "strong" else report_recipe
     state = None if stage_1 else common.backbone_weights(args)
@@ -491,12 +473,9 @@ def train(args, record, stage_1, market, split):
 
 def score_and_show(args, query, gallery, hamming):
     """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter, how the
-    distances lie, as from `distance_histograms`).
-
-    [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by both. Its
-    protocol, all cameras, is scored only where each query ranks all others, gallery None. A Hamming parameter of None
-    is tuned on these crops, if attributes are predicted. With --rerank, a row for that.
-    """
+    distances lie). [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by
+    both. Its protocol, all cameras, is scored only where each query ranks all others, gallery None. A Hamming parameter
+    of None is tuned on these crops, if attributes are predicted. With --rerank, a row for that."""
     curve, results = distance_histograms(query, gallery), {}
     threshold = curve["mean"] if args.threshold == "mean" else args.threshold
     chosen = EVERY | {"threshold": (threshold, len(ATTRIBUTES))}
@@ -552,8 +531,7 @@ def load(args, checkpoint):
 
 
 def evaluate(args, networks, checkpoint, seconds):
-    """Score a checkpoint: validation under both protocols, then the official test set, with the Hamming parameter tuned
-    on validation."""
+    """Score a checkpoint on validation, by both protocols, and the official test set (Hamming tuned on validation)."""
     with common.timed(seconds, "loading"):
         train, *test = (common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS)
     rows = par.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
@@ -568,8 +546,7 @@ def evaluate(args, networks, checkpoint, seconds):
         if validation:
             *_, hamming, curve = score_and_show(args, validation, None, args.hamming)
         *_, found = score_and_show(args, query, gallery, hamming)
-    print("A match that is not returned counts as precision 0, so that a threshold can only lower mAP; what it\n"
-          "buys is the precision of the returned lists, to the right with their recall and mean length.")
+    print("A match not returned counts as precision 0: to select can only lower mAP, but makes the lists more precise.")
     if validation:
         show_calibration("test set", curve, found, args.prior)
     if args.show:
@@ -606,7 +583,7 @@ def export(args, networks, checkpoint, seconds):
             values = embed((networks[0], None), part).features.cpu(), part.person_ids, part.camera_ids, part.names
         arrays |= {f"{name}_{key}": np.asarray(value) for key, value in zip(keys, values)}
     common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
-    print(f"{args.embed}: embeddings of {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery crops")
+    print(f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery embeddings")
 
 
 # ------------------------------------------------------------------------------------------------- the user's images
@@ -685,7 +662,7 @@ def draw_hits(path, rows, size):
 
 
 def search(args, networks, checkpoint, seconds):
-    """List the crops in --gallery that are nearest to each --search image, and draw them as a sheet, search.png."""
+    """List the --gallery crops that are nearest to each --search image, but for itself, and draw them: search.png."""
     (query_path, asked), (path, crops) = (read_user_crops(args, networks, checkpoint, seconds, folder)
                                           for folder in (args.search, args.gallery))
     curve, rows = checkpoint.get("distances"), []
@@ -699,7 +676,7 @@ def search(args, networks, checkpoint, seconds):
         query, described, lines = query_path(i), describe(asked, i), []
         rows.append([(query, ["query", query.stem, *described], None)])
         values, near = map(torch.Tensor.tolist, distances.topk(min(args.top + 1, len(distances)), largest=False))
-        hits = [hit for hit in zip(map(path, near), near, values) if hit[0].resolve() != query.resolve()]  # one more
+        hits = [hit for hit in zip(map(path, near), near, values) if hit[0].resolve() != query.resolve()]
         for rank, (file, g, d) in enumerate(hits[:args.top], 1):
             sure = float(probability(d))
             told, colour = f"{100 * sure:.1f} %" if curve else "-", MATCH if sure >= 0.5 else common.GREY
@@ -740,7 +717,6 @@ def find(args, networks, checkpoint, seconds):
 
 # ------------------------------------------------------------------------------------------------- the command line
 
-
 def fingerprint(checkpoint):
     """What tells a checkpoint from others: its run, and how far that had come."""
     return [checkpoint["record"]["run"], checkpoint["record"]["best epoch"]]
@@ -771,7 +747,7 @@ def parser():
     only("--embed", type=Path, metavar="F.npz", help="write embeddings of the test set, or of --gallery: an index")
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N of the test set's ranked lists, show.png")
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
-    only("--find", nargs="+", metavar="A=C", help="find by words, such as gender=female upcolor=red")
+    only("--find", nargs="+", metavar="A=C", help="find by words: hat=no upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="of images to --embed or, or an index F.npz, to search in")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
@@ -806,11 +782,9 @@ def main(args):
     with common.timed(record["seconds"], "loading"):
         market = par.load_train(args, "attributes" in args.rungs)
     record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": checkpoint and fingerprint(checkpoint)}
-    if args.identities == "all":
-        split = market.person_ids > 0, market.person_ids < 1
-    else:
-        split = par.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
-            common.split_identities(market.person_ids, seed=args.seed)
+    split = (market.person_ids > 0, market.person_ids < 1) if args.identities == "all" else \
+        par.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
+        common.split_identities(market.person_ids, seed=args.seed)
     results = train(args, record, checkpoint, market, split)
     if args.compare:
         own = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
