@@ -7,6 +7,7 @@ a step trains on: it gathers those rows, flips and rotates them in one batch, an
 [report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -564,8 +565,7 @@ def set_aside(out):
 
 def is_own(out, record):
     """Whether the record beside `out` is of this run, and so is `out`."""
-    path = out.with_suffix(".json")
-    return path.exists() and record["run"].encode() in path.read_bytes()
+    return (path := out.with_suffix(".json")).exists() and record["run"].encode() in path.read_bytes()
 
 
 def write_record(out, record):
@@ -701,6 +701,7 @@ def start(args, source=None, checkpoint=None, data=True):
             if args.device == "cuda":  # one for each process of this machine
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)  # else its threads may abort the process at its end
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
                             "torchrun, no more on a machine than it has GPUs, or unset the variable RANK.") from None

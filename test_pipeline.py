@@ -970,13 +970,13 @@ def test_a_killed_run_resumes_to_the_same_bits(module, count, market, trained, t
     for k in range(KILLS):
         cut = together(count, *command, out := tmp_path / str(k) / "cut.pt")
         while ("validation crops", "epoch  1/3")[count - 1] not in cut[0].stdout.readline():
-            assert cut[0].poll() is None
+            assert cut[0].poll() is None, cut[0].stderr.read()
         time.sleep(random.uniform(0, 2.4 * (seconds["training"] + seconds["validation"])))  # it writes files too
         [process.kill() for process in cut]
         if count == 1:
             run(*command, out, "--resume")
         others += together(count, *command, out, "--resume") if count > 1 else []
-        assert not any(process.wait(60) for process in others)
+        assert not any(process.wait(60) for process in others), [process.stderr.read() for process in others]
         check_same_run(whole, out)
         again, _ = run(*command, out, "--resume")  # it has ended: only its last figures are made anew
         assert ("but not to the same bits as 2 processes." in again) == (count > 1)
