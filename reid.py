@@ -277,19 +277,20 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
     query = every = Crops(query_features)
     if gallery_features is not None:
         every = Crops(torch.cat([query_features, gallery_features]))
-    features, half, n = every.features, round(k1 / 2) + 1, len(every.features)
+    features, n, half, k1 = every.features, len(every.features), round(k1 / 2) + 1, k1 + 1
     numbers = torch.arange(n, device=features.device)
-    near, largest = numbers.new_zeros(n, min(k1 + 1, n)), torch.zeros_like(features[:, 0])
+    near, largest = numbers.new_zeros(n, min(max(k1, k2), n)), torch.zeros_like(features[:, 0])
     for rows, distances in distance_chunks(every, every):
-        near[rows], largest[rows] = distances.topk(near.shape[1], largest=False).indices, distances.amax(1).square()
+        near[rows] = distances.topk(near.shape[1], largest=False).indices
+        largest[rows] = distances.amax(1).square().clamp(min=1e-30)
 
     def mutual(k):  # [N, k]: which of a crop's k nearest have it among their own
         return torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in numbers.split(512)])
 
-    whole, halves, sets = mutual(n), mutual(half), []
+    whole, halves, sets = mutual(k1), mutual(half), []
     for i in numbers.split(512):
-        own, theirs = torch.where(whole[i], near[i], n), near[near[i], :half]  # [C, k1], [C, k1, half]; n: no crop
-        theirs = torch.where(halves[near[i]] & whole[i][:, :, None], theirs, n)
+        own, theirs = torch.where(whole[i], near[i, :k1], n), near[near[i, :k1], :half]  # [C, k1], [C, k1, half]
+        theirs = torch.where(halves[near[i, :k1]] & whole[i][:, :, None], theirs, n)  # n: no crop
         member = torch.zeros(len(i), n + 1, dtype=torch.bool, device=i.device).scatter_(1, own, True)
         shared = member.gather(1, theirs.flatten(1)).view_as(theirs) & (theirs < n)
         theirs[shared.sum(2) <= 2 / 3 * (theirs < n).sum(2)] = n
@@ -303,13 +304,14 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
     by_member = sets.t().coalesce()
     for rows, distances in distance_chunks(query, None if every is query else every):
         i = numbers[:len(query_features)][rows]
-        own = sets.index_select(0, i).coalesce()
-        (row, b), weight = own.indices(), own.values()
-        found = by_member.index_select(0, b).coalesce()
-        (which, a), shared = found.indices(), torch.zeros_like(distances)
-        shared.view(-1).index_add_(0, row[which] * n + a, weight[which].minimum(found.values()))
+        own, shared = sets.index_select(0, i).coalesce(), torch.zeros_like(distances)
+        for (row, b), weight in zip(own.indices().split(2**14, 1), own.values().split(2**14)):
+            found = by_member.index_select(0, b).coalesce()
+            which, a = found.indices()
+            shared.view(-1).index_add_(0, row[which] * n + a, weight[which].minimum(found.values()))
         mixed = (1 - shared / (2 - shared)).lerp_(distances.square() / largest[i, None], lambda_value)
-        yield rows, mixed.where(distances < torch.inf, torch.inf)[:, 0 if every is query else len(query_features):]
+        mixed.masked_fill_(distances.isposinf(), torch.inf)
+        yield rows, mixed[:, 0 if every is query else len(query_features):]
 
 
 def score_selections(query, gallery, selections, cross_camera, chunks=None, summary=mean_metrics):
