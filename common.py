@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-gc.disable()  # nothing of what is imported is ever garbage: to look for some would take longer than a search
+gc.disable()  # torchvision imports PyTorch's compiler: half a million objects to stay, none of them garbage
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms.v2.functional import resize
 
-gc.freeze(), gc.enable()
+gc.enable()
 
 # Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
 # class of both colours, "multi", is the report's own (section 2): an identity with no single colour flagged.
@@ -184,6 +184,8 @@ def read_image(path):
             image = ImageOps.exif_transpose(image)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
         raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
 
@@ -262,8 +264,7 @@ class Backbone(nn.Module):
     [B, width, h, w], features [B, width], its mean over the places).
 
     state: as from `backbone_weights`; None: random. stride: of the last stage; 1 leaves the map twice as high and wide.
-    Another network fits in if it has a `width` and gives such a pair.
-    """
+    Another network fits in if it has a `width` and gives such a pair."""
 
     def __init__(self, state=None, stride=2):
         super().__init__()
@@ -370,8 +371,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
 
     AdamW; of the strong recipe Muon for filters. An epoch's last items, which fill no batch, are left out. Of several
     processes each takes its slice of every batch, and gradients are summed: they all hold the same weights. After each
-    epoch the file args.out, with the ending .last, holds all that --resume needs. Returns the record.
-    """
+    epoch the file args.out, with the ending .last, holds all that --resume needs. Returns the record."""
     device, out, (rank, world) = next(model.parameters()).device, args.out, processes()
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     record = checkpoint["record"] = copy.deepcopy(checkpoint["record"]) | {
@@ -534,8 +534,7 @@ def add_up(tensor):
 def load_last(out, checkpoint):
     """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
 
-    UserError if it is of other arguments or data. A kill may have left `out` older than this: it is written once more.
-    """
+    UserError if it is of other arguments or data. A kill may have left `out` older than that: it is written again."""
     path, record = out.with_suffix(".last"), checkpoint["record"]
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
@@ -648,7 +647,7 @@ def number(kind, low, high=10**9, word=None):
     """An argparse type: `kind`, int or float, from `low` to `high`; or `word`."""
     def number(text):
         if text != word and not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not {f'{word} or ' * bool(word)}a number from {low} to {high}")
         return text if text == word else kind(text)
     return number
 
@@ -760,6 +759,7 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
+    gc.freeze()  # all that was imported: not to be looked at again when the program ends
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
@@ -819,8 +819,7 @@ def write_picture(path, picture):
 def sheet(path, rows, height=256):
     """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
 
-    A line is a text or a (text, colour); the longest are cut.
-    """
+    A line is a text or a (text, colour); the longest are cut."""
     font, room, lines = ImageFont.load_default(14), 8, max(len(lines) for row in rows for _, lines, _ in row)
     width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
     wide, tall = max(150, width) + 2 * room, height + 18 * lines + 3 * room

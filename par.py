@@ -255,7 +255,7 @@ def evaluate(args, record, checkpoint):
 
 
 def load(args, checkpoint, model=None):
-    """The network that a checkpoint holds, on args.device: an `AttributeNet`, or else `model` with its weights."""
+    """A checkpoint's weights in `model` or, without one, in the `AttributeNet` it tells of; on args.device."""
     own, identities = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
     identities *= own["recipe"] == "strong"
     model = model or AttributeNet(head=own["head"], identities=identities, rungs=own["rungs"])

@@ -6,9 +6,9 @@
     python reid.py --init par_best.pt --compare         both: table 1
     python reid.py --recipe strong                      what is known since the report
     python reid.py --eval reid_best.pt                  score, --rerank; --show N: as a picture
-    python reid.py --eval reid_best.pt --embed F.npz    the test set's embeddings or, --gallery FOLDER, your own crops'
-    python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER      who is it? FOLDER or
-    python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER      what --embed made of it, F.npz
+    python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set; with --gallery FOLDER, of your own
+    python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER|F.npz    who is it?
+    python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER|F.npz    who looks like that?
 
 [report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
 Trebucchi (University of Trento); tables and figures have its numbers.
@@ -16,7 +16,6 @@ Trebucchi (University of Trento); tables and figures have its numbers.
 import argparse
 import copy
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,12 +218,10 @@ def rank_queries(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     slot = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]  # among its query's matches
     values = ranked.new_full((len(ranked), max(1, int(found.max()))), torch.inf)  # [C, M], their distances
     values[rows, slot] = ranked[rows, columns]
-    ordered = ranked.clone()  # NumPy sorts values with vector instructions, many times as fast as anyone sorts indices
-    if ranked.device.type == "cpu":
+    ordered = ranked.clone() if ranked.is_cpu else ranked.sort(1)[0]  # a match's rank: where its distance stands in it
+    if ranked.is_cpu:  # NumPy sorts values with vector instructions, many times as fast as indices can be sorted
         with ThreadPoolExecutor() as pool:
             list(pool.map(np.ndarray.sort, np.array_split(ordered.numpy(), torch.get_num_threads())))
-    else:
-        ordered = ranked.sort(1)[0]
     if ordered[:, -1:].isnan().any():  # where NaN is sorted to
         raise UserError("Distances are NaN: the network that made the embeddings diverged. Train with a lower --lr.")
     nearer = torch.searchsorted(ordered, values)
@@ -474,10 +471,10 @@ def train(args, record, stage_1, market, split):
 
 
 def score_and_show(args, query, gallery, hamming):
-    """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter, how the
-    distances lie). [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ, or by
-    both. Its protocol, all cameras, is scored only where each query ranks all others, gallery None. A Hamming parameter
-    of None is tuned on these crops, if attributes are predicted. With --rerank, a row for that."""
+    """Print a table of every selection: -> (protocol -> selection -> metrics, threshold, Hamming parameter, and as
+    `distance_histograms`). [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes
+    differ, or by both. Its protocol, all cameras, is scored only where each query ranks all others, gallery None. A
+    Hamming parameter of None is tuned on these crops, if attributes are predicted. With --rerank, a row for that."""
     curve, results = distance_histograms(query, gallery), {}
     threshold = curve["mean"] if args.threshold == "mean" else args.threshold
     chosen = EVERY | {"threshold": (threshold, len(ATTRIBUTES))}
@@ -514,7 +511,7 @@ def draw_distances(path, curve, prior):
     pen = ImageDraw.Draw(picture)
     pen.text((40, 60), "Figure 3: validation pairs by distance", common.INK, font, "lm")
     for k in (0, 0.25, 0.5, 0.75, 1):
-        pen.text((140 + 1940 * k, 1140), f"\n{k * end:.2f}", common.INK, font, "ma")
+        pen.text((140 + 1940 * k, 1140), f"\n{k * end:.3g}", common.INK, font, "ma")
         pen.text((140, 1140 - 990 * k), f"{k * high:.1f} % ", common.INK, font, "rm")
         pen.text((2080, 1140 - 990 * k), f" {100 * k:.0f} %", common.COLOURS[2], font, "lm")
     for (name, line), colour in zip(lines.items(), common.COLOURS):
@@ -548,7 +545,7 @@ def evaluate(args, networks, checkpoint, seconds):
         if validation:
             *_, hamming, curve = score_and_show(args, validation, None, args.hamming)
         *_, found = score_and_show(args, query, gallery, hamming)
-    print("A match not returned counts as precision 0: to select can only lower mAP, but makes the lists more precise.")
+    print("A match not returned counts as precision 0, so selections can only lower mAP; precision is of the lists.")
     if validation:
         show_calibration("test set", curve, found, args.prior)
     if args.show:
@@ -580,7 +577,7 @@ def export(args, networks, checkpoint, seconds):
     if args.embed.exists() and b"checkpoint.npy" in np.fromfile(args.embed, np.uint8, 99).tobytes():
         raise UserError(f"{args.embed} is an index of a --gallery: name that folder too, or give another file.")
     for name in ("query", "gallery"):
-        with common.timed(seconds, "embedding"):
+        with common.timed(seconds, "loading and embedding"):
             part = common.load_market(args.data, name, args.size, annotated=False)
             values = embed((networks[0], None), part).features.cpu(), part.person_ids, part.camera_ids, part.names
         arrays |= {f"{name}_{key}": np.asarray(value) for key, value in zip(keys, values)}
@@ -591,7 +588,7 @@ def export(args, networks, checkpoint, seconds):
 # ------------------------------------------------------------------------------------------------- the user's images
 
 BLOCK, SAVED = 2048, 8  # crops to read and embed at once, and after how many such blocks an index is saved
-INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row each crop; of an int64: bytes, nanoseconds
+INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row per crop: sizes in bytes, times in ns
 
 
 def embed_files(args, networks, checkpoint, seconds, path=None):
@@ -627,7 +624,8 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
         if args.embed:
             arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
             common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
-            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape), flush=True)
+            print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape)
+                  + f"; {len(known) - len(rows)} that it had have gone" * (len(known) > len(rows)), flush=True)
     return index
 
 
@@ -649,7 +647,7 @@ def read_user_crops(args, networks, checkpoint, seconds, path):
     stored = path.suffix == ".npz"
     index = load_index(path, checkpoint, seconds) if stored else embed_files(args, networks, checkpoint, seconds, path)
     features, log_p = (torch.from_numpy(index[k]) for k in ("features", "log_p"))
-    base = path.parent if path.parent.resolve() == path.parent.absolute() else path.parent.resolve()  # of a link
+    base = path.parent if path.resolve() == path.absolute() else path.resolve().parent  # of a link
     return (lambda row: Path(os.path.normpath(os.path.join(base if stored else "", index["names"][row]))),
             Crops(features, log_p=log_p if log_p.numel() else None))
 
@@ -698,15 +696,15 @@ def search(args, networks, checkpoint, seconds):
 def find(args, networks, checkpoint, seconds):
     """List the crops in --gallery by the probability of the classes that --find names, and draw them, find.png."""
     every = [(attribute, name) for attribute, classes in ATTRIBUTES.items() for name in classes]
-    asked = dict(word.lower().partition("=")[::2] for word in args.find)
-    for attribute, name in asked.items():
-        if name not in (classes := ATTRIBUTES.get(attribute, ())) or len(asked) < len(args.find):
-            raise UserError(f"--find {attribute}={name}: name " + (f"one class of {attribute}: {', '.join(classes)}."
+    asked = [tuple(word.lower().partition("=")[::2]) for word in args.find]
+    for word, (attribute, name) in zip(args.find, asked):
+        if name not in (classes := ATTRIBUTES.get(attribute, ())) or [a for a, _ in asked].count(attribute) > 1:
+            raise UserError(f"--find {word}: name " + (f"one class of {attribute}: {', '.join(classes)}."
                             if classes else f"one of these attributes: {', '.join(ATTRIBUTES)}."))
     if networks[1] is None:
         raise UserError(f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe strong.")
     path, crops = read_user_crops(args, networks, checkpoint, seconds, args.gallery)
-    log_p, words = crops.log_p[:, [*map(every.index, asked.items())]], [*map(" ".join, asked.items())]
+    log_p, words = crops.log_p[:, [*map(every.index, asked)]], [*map(" ".join, asked)]
     best, lines, cells = log_p.sum(1).topk(min(args.top, len(log_p))), [], []
     for rank, (g, value) in enumerate(zip(best.indices.tolist(), best.values.exp().tolist()), 1):
         file, each = path(g), log_p[g].exp().tolist()
@@ -749,8 +747,8 @@ def parser():
     only("--embed", type=Path, metavar="F.npz", help="write embeddings of the test set, or of --gallery: an index")
     only("--show", type=common.number(int, 1, 100), metavar="N", help="draw N of the test set's ranked lists, show.png")
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
-    only("--find", nargs="+", metavar="A=C", help="find by words: hat=no upcolor=red")
-    add("--gallery", type=Path, metavar="FOLDER", help="of images to --embed or, or an index F.npz, to search in")
+    only("--find", nargs="+", metavar="WORD", help="find by attributes: hat=no upcolor=red")
+    add("--gallery", type=Path, metavar="FOLDER", help="of images to --embed or to search; or F.npz, to search")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
     common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
