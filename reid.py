@@ -587,7 +587,7 @@ def export(args, networks, checkpoint, seconds):
 
 # ------------------------------------------------------------------------------------------------- the user's images
 
-BLOCK, SAVED = 2048, 8  # crops to read and embed at once, and after how many such blocks an index is saved
+BLOCK, SAVED = 2048, 8  # crops a process reads and embeds at once, and after how many such blocks an index is saved
 INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row per crop: sizes in bytes, times in ns
 
 
@@ -597,7 +597,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
     log_p is [N, 0] where no attributes are predicted. With --embed these are an index, saved there, whose names are
     relative to its folder, unless on another drive, so that they can be moved together. What it holds already, of a run
     that was cut off or an earlier one, is not embedded anew where name, size and time are still the same."""
-    facts, known = {}, {}
+    facts, known, block = {}, {}, BLOCK * common.processes()[1]
     for file in common.user_files([path or args.gallery]):
         name, stat = str(file), file.stat()
         if args.embed and file.resolve().drive == args.embed.resolve().drive:
@@ -606,17 +606,17 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
     if args.embed and args.embed.exists():
         known = {row[:3]: row[3:] for row in zip(*load_index(args.embed, checkpoint, seconds).values())}
     new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
-    for done in range(0, max(1, len(new)), BLOCK):
+    for done in range(0, max(1, len(new)), block):
         with common.timed(seconds, "reading"):
-            images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
+            images, read = common.read_crops(new[done:done + block], args.size, skip=True)
         with common.timed(seconds, "embedding"):
             if read:
                 crops = embed(networks, common.Market(images, *[torch.zeros(len(read))] * 3, read))
                 log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
                 known.update(zip(map(facts.get, read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
-        left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + BLOCK) - 1)
-        common.progress(f"embedded {done + BLOCK} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
-        if left > 0 and not (args.embed and done // BLOCK % SAVED == SAVED - 1):
+        left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + block) - 1)
+        common.progress(f"embedded {done + block} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
+        if left > 0 and not (args.embed and done // block % SAVED == SAVED - 1):
             continue
         if not (rows := [(*fact, *known[fact]) for fact in facts.values() if fact in known]):
             raise UserError(f"No image could be read from {path or args.gallery}.")
