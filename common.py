@@ -262,7 +262,6 @@ class MatrixConv2d(nn.Conv2d):
 class Backbone(nn.Module):
     """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the last feature map
     [B, width, h, w], features [B, width], its mean over the places).
-
     state: as from `backbone_weights`; None: random. stride: of the last stage; 1 leaves the map twice as high and wide.
     Another network fits in if it has a `width` and gives such a pair."""
 
@@ -620,14 +619,14 @@ def save_checkpoint(path, checkpoint):
     write_whole(path, lambda file: torch.save(checkpoint | {"version": 3, "classes": list(ATTRIBUTES.items())}, file))
 
 
-def load_checkpoint(path, kind):
-    """Read a checkpoint of `kind` ("par" or "reid") and check that it is one."""
+def load_checkpoint(path, *kinds):
+    """Read a checkpoint and check that it is one of `kinds` ("par", "reid")."""
     checkpoint = torch_load(path)
     marks = [checkpoint.get(k) for k in ("version", "classes")] if isinstance(checkpoint, dict) else None
     if marks != [3, list(ATTRIBUTES.items())]:
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
-    if checkpoint["kind"] != kind:
-        raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kind}.py is needed here.")
+    if checkpoint["kind"] not in kinds:
+        raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kinds[0]}.py is needed here.")
     return checkpoint
 
 

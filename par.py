@@ -88,8 +88,7 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
 
     logits: list of 12 tensors [B, classes]; labels: int64 [B, 12], -1 unknown; weights: as from `class_weights`.
     kind: "ce" -log(p_t); "wce" w_t times that; "focal" (1 - p_t)^gamma times that (Lin et al. 2018, eq. 4);
-    "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that no p_t underflows.
-    """
+    "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that no p_t underflows."""
     total, (_, weighted, focal) = 0, LOSSES[kind]
     for k, z in enumerate(logits):
         target, known = labels[:, k].clamp(min=0), labels[:, k] >= 0
@@ -105,8 +104,7 @@ def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
 def class_weights(labels):
     """Inverse class frequencies ([report] section 3.1.2): labels int64 [N, 12] -> list of 12 float tensors [classes].
 
-    A class that does not occur weighs 0. The mean weight over the labelled images is 1: the scale of a plain loss.
-    """
+    A class that does not occur weighs 0. The mean weight over the labelled images is 1: the scale of a plain loss."""
     return [torch.where(n > 0, n.sum() / (n.clamp(min=1) * (n > 0).sum()), 0) for n in class_counts(labels)]
 
 
@@ -136,8 +134,7 @@ def predict(model, crops, rows=None):
 def score(predicted, labels):
     """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12], f1 [12]).
 
-    Macro F1 is the mean over the classes in truth or prediction, scikit-learn's. Labels of -1 do not count; NaN: none.
-    """
+    Macro F1: the mean over the classes in truth or prediction (scikit-learn's). Labels of -1 do not count; NaN: none."""
     scores = []
     for guess, truth, n in zip(predicted.T, labels.T, SIZES):
         pairs = (truth * n + guess)[truth >= 0]
@@ -151,8 +148,7 @@ def activation_maps(model, crops, found):
     """Where classes come from: uint8 crops [N, 3, H, W], classes int64 [N, 12] -> float32 [N, 12, h, w].
 
     Class activation maps (Zhou et al. 2016): a linear head is linear in the mean over the feature map, so the same
-    product at each of its places says what that place adds to the logit. Of a conv head: its attention.
-    """
+    product at each of its places says what that place adds to the logit. Of a conv head: its attention."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         maps, _ = model.eval().backbone(crops.to(device))
@@ -250,7 +246,7 @@ def evaluate(args, record, checkpoint):
             if len(rows):
                 score_and_show(title, model, part, rows, training, market)
             else:
-                print(f"\nThe {name} crops have no annotations: not scored.")
+                print(f"\nThere are no annotated {name} crops: not scored.")
     common.say_seconds(seconds)
 
 
@@ -325,7 +321,7 @@ def parser():
     add("--head", choices=("linear", "conv"), default="linear", help="conv: each attribute looks for itself (linear)")
     add("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
     instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
-    instead("--eval", type=Path, metavar="FILE", help="score this checkpoint of par.py")
+    instead("--eval", type=Path, metavar="FILE", help="score this checkpoint, also one of reid.py")
     instead("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
     add = parser.add_argument_group("with --eval").add_argument
     add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
@@ -338,7 +334,11 @@ def parser():
 def main(args):
     if args.predict and not args.eval or (args.sheet or args.maps) and not args.predict:
         raise UserError("--predict PATH... needs --eval FILE, and --sheet and --maps go with --predict PATH...")
-    checkpoint = args.eval and common.load_checkpoint(args.eval, "par")
+    checkpoint = args.eval and common.load_checkpoint(args.eval, "par", "reid")
+    if checkpoint and checkpoint["kind"] == "reid":  # whose attributes are its own network's, or of the stage 1 in it
+        own = "attributes" in checkpoint["record"]["arguments"]["rungs"]
+        if not (checkpoint := checkpoint if own else checkpoint["stage 1"]):
+            raise UserError(f"{args.eval} predicts no attributes: pass a checkpoint of par.py.")
     record = common.start(args, args.eval, checkpoint, data=not args.predict)
     if args.stats or args.sheet or args.maps:
         common.check_output(args.out.with_name("par_stats.png" if args.stats else "par_sheet.png"), ".png")

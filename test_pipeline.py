@@ -645,7 +645,8 @@ def test_both_stages_write_checkpoint_and_record_and_stage_2_figure_3(trained):
 def test_stage_1_scores_counts_and_compares_the_losses(trained, market, tmp_path, run):
     (shutil.copytree(market, tmp_path / "copy") / "annotations_test.csv").unlink()
     out, unscored = (run(par, "--eval", trained.par, "--data", data)[0] for data in (market, tmp_path / "copy"))
-    assert "The test crops have no annotations: not scored." in unscored
+    assert "There are no annotated test crops: not scored." in unscored
+    assert table_of(out, "60 test crops") == table_of(run(par, "--eval", trained.reid)[0], "60 test crops")
     assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out
     data, rows = common.load_market(market, "train"), table_of(out, "validation crops")
     f1 = [100 * v for v in record_of(trained.par)["final"]["validation"]["f1"].values()]
@@ -838,13 +839,11 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
 
 def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(market, tmp_path, run):
     root = shutil.copytree(market, tmp_path / "copy")
-    for path in crops_of(root):
-        path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s")))
+    [path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s"))) for path in crops_of(root)]
     run(reid, "--data", root, error="No validation identity is seen by two cameras")
-    for path in crops_of(root)[18:]:  # 3 identities are too few to split
-        path.unlink()
-    out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--patience", 1, "--recipe", "strong",
-                 "--identities", "all")
+    [path.unlink() for path in crops_of(root)[18:]]  # 3 identities are too few to split
+    strong = "--recipe", "strong", "--identities", "all"
+    out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--patience", 1, *strong)
     saved = torch_load(tmp_path / "o.pt")
     assert len(saved["train_ids"]) == 3 and not len(saved["validation_ids"]) and saved["record"]["best epoch"] == 3
     assert "18 training and 0 validation crops, so that the last epoch is kept" in out and "  validation" not in out
@@ -864,6 +863,7 @@ def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_
     assert [row[2:] for row in table_of(out, "Table 1")] == [
         [f"{100 * final[protocol]['none']['mAP']:.2f}" for final in finals] for protocol in finals[0]]
     assert "no Hamming filter" in run(reid, "--eval", paths[1])[0]
+    run(par, "--eval", paths[1], error="o_without.pt predicts no attributes: pass a checkpoint of par.py")
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -964,9 +964,9 @@ def together(count, *command):
 @pytest.mark.parametrize("module, count", [(par, 1), (par, 2), (reid, 1), (reid, 2)][:2 if KILLS == 1 else 4])
 def test_a_killed_run_resumes_to_the_same_bits(module, count, market, trained, tmp_path, run):
     """At a random moment, one process or two; the long form, of both stages, is KILLS=20 pytest -k killed."""
-    whole, command = getattr(trained, module.__name__), [module, *short_run(module, market, trained)]
-    seconds, random = record_of(whole)["seconds"], np.random.RandomState(count)
-    whole = tmp_path / "whole.pt" if count > 1 else whole
+    command = [module, *short_run(module, market, trained)]
+    whole = tmp_path / "whole.pt" if count > 1 else getattr(trained, module.__name__)
+    seconds, random = record_of(getattr(trained, module.__name__))["seconds"], np.random.RandomState(count)
     others = together(count, *command, whole) if count > 1 else []
     for k in range(KILLS):
         cut = together(count, *command, out := tmp_path / str(k) / "cut.pt")
