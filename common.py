@@ -787,7 +787,8 @@ def run(main, parser):
     time.sleep(5 * (other and code == 2))  # torchrun ends this process if the first has said the same
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
-    sys.exit(code)
+    sys.stdout.flush()
+    (os._exit if dist.is_available() and dist.is_initialized() else sys.exit)(code)  # NCCL's farewell waits for all
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures

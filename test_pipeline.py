@@ -964,7 +964,7 @@ def together(count, *command):
 @pytest.mark.parametrize("module, count", [(par, 1), (par, 2), (reid, 1), (reid, 2)][:2 if KILLS == 1 else 4])
 def test_a_killed_run_resumes_to_the_same_bits(module, count, market, trained, tmp_path, run):
     """At a random moment, one process or two; the long form, of both stages, is KILLS=20 pytest -k killed."""
-    command = [module, *short_run(module, market, trained)]
+    command = [module, "--recipe", ("report", "strong")[count - 1], *short_run(module, market, trained)]
     whole = tmp_path / "whole.pt" if count > 1 else getattr(trained, module.__name__)
     seconds, random = record_of(getattr(trained, module.__name__))["seconds"], np.random.RandomState(count)
     others = together(count, *command, whole) if count > 1 else []
