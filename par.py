@@ -134,7 +134,8 @@ def predict(model, crops, rows=None):
 def score(predicted, labels):
     """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12], f1 [12]).
 
-    Macro F1: the mean over the classes in truth or prediction (scikit-learn's). Labels of -1 do not count; NaN: none."""
+    Macro F1 is the mean over the classes in truth or prediction, as scikit-learn's. Labels of -1 do not count: where
+    there are no others, NaN."""
     scores = []
     for guess, truth, n in zip(predicted.T, labels.T, SIZES):
         pairs = (truth * n + guess)[truth >= 0]
