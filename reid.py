@@ -320,11 +320,11 @@ def score_selections(query, gallery, selections, cross_camera, chunks=None, summ
     scores = {k: query.features.new_zeros(len(METRICS), len(query.ids), dtype=torch.float64) for k in selections}
     ours, theirs = query.attributes, shown.attributes
     for k, (rows, distances) in enumerate(chunks or distance_chunks(query, gallery)):
+        alike = ours[rows] @ theirs.T if ours is not None and k % world == rank else None  # [C, G], of the attributes
         for name, (below, most) in selections.items() if k % world == rank else ():
             keep = None if below == torch.inf else distances < below
             if most < len(ATTRIBUTES):
-                alike = ours[rows] @ theirs.T >= len(ATTRIBUTES) - most
-                keep = alike if keep is None else keep & alike
+                keep = (alike >= len(ATTRIBUTES) - most) & (True if keep is None else keep)
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], shown.ids,
                                                  shown.cameras, keep, cross_camera)
     return {name: summary(common.add_up(found)) for name, found in scores.items()}
