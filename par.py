@@ -32,9 +32,9 @@ class AttributeNet(nn.Module):
     5): before these, a branch of its own for each attribute, of a convolution and attention over the map's places.
 
     identities: the strong recipe, of both stages, learns attributes and so many identities jointly (Lin et al. 2019),
-    these behind a BNNeck (Luo et al. 2019). Then the output is [B, 41 + width + identities] in training: logits, the
-    features before the neck, logits of identities. In evaluation it is [B, 41 + width]: logits, and the features behind
-    the neck at length 1, both of the mean over the crop and its mirror image.
+    these behind a BNNeck (Luo et al. 2019), here without a scale. Then the output is in training [B, 41 + width +
+    identities]: logits, the features before the neck, logits of identities. In evaluation it is [B, 41 + width]:
+    logits, and the features behind the neck at length 1, both, with "mirror", means over the crop and its mirror image.
     """
 
     def __init__(self, dropout=0.5, state=None, head="linear", identities=0, rungs=()):
@@ -165,7 +165,8 @@ def load_train(args, annotated=True):
     if junk := [name for name, i in zip(market.names, market.person_ids.tolist()) if i < 1]:
         raise UserError(f"{junk[0]} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
     if annotated and (market.labels < 0).any():
-        raise UserError(f"{args.data}: no annotations_train.csv or market_attribute.mat (or --without attributes).")
+        raise UserError(f"{args.data}: no annotations_train.csv or market_attribute.mat. Put one there, or train by "
+                        "reid.py --recipe strong --without attributes.")
     return market
 
 

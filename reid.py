@@ -404,8 +404,8 @@ def report_recipe(args, market, rows, state):
 
 
 def strong_recipe(args, market, rows, state):
-    """Beyond the report: identities, hard triplets and attributes learned jointly, from groups of four crops of one
-    identity: -> (network, plan, criterion) for `fit`."""
+    """Beyond the report: identities, hard triplets and attributes (by weighted cross-entropy) learned jointly, from
+    groups of four crops of one identity: -> (network, plan, criterion) for `fit`."""
     if not {"identity", "triplets", "attributes"} & set(args.rungs):
         raise UserError("--without identity triplets attributes leaves nothing to train: leave in one of them.")
     ids, labels = market.person_ids[rows], market.labels.to(args.device)
@@ -453,7 +453,7 @@ def train(args, record, stage_1, market, split):
         return {"mAP": across["mAP"], "rank1": across["rank1"], "mAP_all_cameras": everywhere["mAP"]}
 
     print(f"\nFrom {'stage 1' if stage_1 else f'weights {args.weights}'}: {len(rows)} training and {len(validation)} "
-          "validation crops" + ", so that the last epoch is kept" * (not len(validation)))
+          "validation crops" + ", so that the last epoch is kept, whatever --patience" * (not len(validation)))
     record = common.fit(model, market.images, plan, criterion, validate, args, checkpoint)
     record["final"] = {"best epoch": record["best epoch"]}
     if len(validation):
@@ -731,10 +731,10 @@ def parser():
     add = parser.add_argument_group("to train").add_argument
     add("--identities", choices=("train", "all"), default="train", help="all: validates on none, keeps the last epoch")
     add("--compare", action="store_true", help="train with and without --init: table 1")
-    add("--margin", type=common.number(float, 0), default=MARGIN, metavar="M", help="squared distance (%(default)s)")
-    add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="embedding dimensions (120)")
-    add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms (100)")
-    add("--negatives", choices=("cluster", "random"), default="cluster", help="of the anchor's cluster, or of any")
+    add("--margin", type=common.number(float, 0), default=MARGIN, metavar="M", help="of report's loss (%(default)s)")
+    add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="of the report's embedding (120)")
+    add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms, report's (100)")
+    add("--negatives", choices=("cluster", "random"), default="cluster", help="report's: of the same cluster, or any")
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
