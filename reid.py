@@ -35,7 +35,7 @@ from common import ATTRIBUTES, SIZES, UserError
 MARGIN = 10.0
 MATCH, OTHER = common.COLOURS[:2]  # of frames and texts
 # What --without can leave out of the strong recipe; "neck" is the BNNeck, "mirror" at test.
-RUNGS = ["identity", "triplets", "attributes", "neck", "smoothing", "stride", "erasing", "shift", "muon", "mirror"]
+RUNGS = ["identity", "triplets", "attributes", "neck", "stride", "erasing", "shift", "muon", "mirror"]
 
 
 # ---------------------------------------------------------------------------------------------- clusters and triplets
@@ -404,8 +404,8 @@ def report_recipe(args, market, rows, state):
 
 
 def strong_recipe(args, market, rows, state):
-    """Beyond the report: identities, hard triplets and attributes (by weighted cross-entropy) learned jointly, from
-    groups of four crops of one identity: -> (network, plan, criterion) for `fit`."""
+    """Beyond the report: identities (smoothing their labels cost mAP), hard triplets and attributes (by weighted cross-
+    entropy) learned jointly, from groups of four crops of one identity: -> (network, plan, criterion) for `fit`."""
     if not {"identity", "triplets", "attributes"} & set(args.rungs):
         raise UserError("--without identity triplets attributes leaves nothing to train: leave in one of them.")
     ids, labels = market.person_ids[rows], market.labels.to(args.device)
@@ -416,11 +416,11 @@ def strong_recipe(args, market, rows, state):
 
     def criterion(outputs, rows):
         logits, features, scores = outputs.flatten(0, 1).split([sum(SIZES), model.backbone.width, count], 1)
-        who, smoothing = identities[rows.flatten()], 0.1 * ("smoothing" in args.rungs)
-        losses = {"identity": lambda: F.cross_entropy(scores, who, label_smoothing=smoothing),
-                  "triplets": lambda: hard_triplet_loss(features, who),
+        rows = rows.flatten()
+        losses = {"identity": lambda: F.cross_entropy(scores, identities[rows]),
+                  "triplets": lambda: hard_triplet_loss(features, identities[rows]),
                   "attributes": lambda: par.attribute_loss(
-                      logits.split(SIZES, 1), labels[rows.flatten()], "wce", weights) / len(SIZES)}
+                      logits.split(SIZES, 1), labels[rows], "wce", weights) / len(SIZES)}
         return sum(loss() for name, loss in losses.items() if name in args.rungs)
 
     return model, lambda generator: rows[sample_groups(ids, generator=generator)], criterion

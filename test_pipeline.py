@@ -833,7 +833,7 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
         "--init", tmp_path / "o.pt")  # whose attributes are kept
     assert "predicted attributes differ" in run(reid, "--eval", tmp_path / "w.pt")[0]
     assert torch_load(tmp_path / "w.pt")["record"]["arguments"]["rungs"] == [
-        "identity", "triplets", "smoothing", "stride", "erasing", "shift"]
+        "identity", "triplets", "stride", "erasing", "shift"]
     assert len(torch_load(tmp_path / "w.last")["moments"]) == 1
 
 
