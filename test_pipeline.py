@@ -161,7 +161,6 @@ def crops_of(root):
 
 # ----------------------------------------------------------------------------- the data, augmentation, the network
 
-
 def test_drawn_market_is_the_same_each_time_and_laid_out_like_market_1501(market, tmp_path):
     files = []
     for root in (tmp_path / "a", tmp_path / "b"):
@@ -297,9 +296,9 @@ def test_augmentation_and_loss_do_not_lose_precision_in_training(market, tmp_pat
     monkeypatch.setattr(common, "precision", lambda device: "bfloat16")
     given, data, model = [], common.load_market(market, "train"), par.AttributeNet()
     model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, model.backbone.width).requires_grad_())
-    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", seed=3,
+    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", recipe="strong", rungs=["shift", "erasing"],
               criterion=lambda z, rows: given.extend((z.dtype, (z[0] @ z[0].T).dtype)) or z.sum())
-    expected = common.augment(data.images[:8], common.random_warp(8, (128, 64), seeded(3)))
+    expected = common.augment(data.images[:8], common.random_warp(8, (128, 64), seeded(), 0, 0.05, 0.5))
     assert torch.equal(given[0], expected) and given[1:] == 2 * [torch.float32]
 
 
@@ -322,7 +321,6 @@ def test_backbone_normalises_loads_torchvisions_weights_and_convolves_by_matrice
 
 
 # ------------------------------------------------------------------------------------------------ stage 1, by formulas
-
 
 def some_classes(count, seed):
     """Random classes of `count` images: int64 [count, 12]."""
@@ -370,11 +368,11 @@ def test_class_weights_and_scores_equal_counting():
 
 @pytest.mark.parametrize("head", ["linear", "conv"])
 def test_the_joint_network_gives_logits_features_and_identities(head):
-    model = par.AttributeNet(0.0, None, head, 5, ["neck", "mirror"])
+    model = par.AttributeNet(0.0, None, head, 5, ["neck", "mirror", "stride"])
     crops = torch.randint(0, 256, (6, 3, 64, 32), generator=seeded()).float()
     maps, features = model.backbone(crops)  # in training: the neck's statistics are the batch's
     logits, given, scores = model(crops).split([sum(SIZES), model.backbone.width, 5], 1)
-    assert torch.allclose(given, features, atol=1e-5)
+    assert torch.allclose(given, features, atol=1e-5) and maps.shape[2:] == (4, 2)  # of 64x32, at a last stride of 1
     normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
     assert torch.allclose(scores, normal @ model.identify.weight.T, atol=1e-4)
     if head == "conv":  # the k-th attribute's branch, by itself
@@ -392,8 +390,7 @@ def test_the_joint_network_gives_logits_features_and_identities(head):
 
 # ------------------------------------------------------------------------------------------------ stage 2, by formulas
 
-
-def test_triplet_losses_equal_the_reports_formula_and_the_batch_hard_one():
+def test_triplet_losses_equal_the_reports_formula_and_the_batch_hard_one_and_strong_sums_three(market):
     a, p, n = torch.randn(3, 9, 5, dtype=torch.float64, generator=seeded())
     gaps = [sum((a[i] - p[i]) ** 2).item() - sum((a[i] - n[i]) ** 2).item() for i in range(9)]
     expected, ids, total = sum(max(0.0, gap + 0.7) for gap in gaps) / 9, torch.arange(9) // 3, 0
@@ -405,6 +402,15 @@ def test_triplet_losses_equal_the_reports_formula_and_the_batch_hard_one():
     same = torch.zeros(4, 5, requires_grad=True)  # equal crops, and a batch of one identity: no slope is NaN
     reid.hard_triplet_loss(same, torch.tensor([0, 0, 1, 1])).backward()
     assert same.grad.isfinite().all() and reid.hard_triplet_loss(a[:3], ids[:3]) == 0
+    data, rows, ids = common.load_market(market, "train", (32, 32)), torch.tensor([[0, 6], [1, 7]]), torch.arange(4) % 2
+    out, weights = torch.randn(2, 2, sum(SIZES) + 64 + 10, generator=seeded()), par.class_weights(data.labels)
+    logits, features, scores = out.flatten(0, 1).split([sum(SIZES), 64, 10], 1)
+    parts = {"identity": F.cross_entropy(scores, ids), "triplets": reid.hard_triplet_loss(features, ids), "attributes":
+             par.attribute_loss(logits.split(SIZES, 1), data.labels[rows.flatten()], "wce", weights) / 12}
+    for rungs in ([*parts], *([name] for name in parts)):  # the strong recipe's sum of losses
+        args = SimpleNamespace(device="cpu", seed=0, head="linear", rungs=rungs)
+        loss = reid.strong_recipe(args, data, torch.arange(60), None)[2](out, rows)
+        assert loss.item() == pytest.approx(sum(parts[name].item() for name in rungs), rel=1e-6)
 
 
 def test_clusters_group_crops_by_colour():
@@ -580,7 +586,7 @@ def test_probability_of_the_same_person_is_the_share_that_falls_with_the_distanc
     random = np.random.RandomState(0)
     matches, others = (random.poisson(50 * np.exp(-((np.arange(40) - m) / 8) ** 2)) for m in (10, 25))
     p, half, share = reid.same_person(curve_of(matches, others))
-    assert share == pytest.approx(matches.sum() / (matches.sum() + others.sum()))
+    assert share == pytest.approx(matches.sum() / (matches.sum() + others.sum())) and p(half) == pytest.approx(0.5)
     # Isotonic regression by its minimax formula, and its log-odds drawn from one level's mean distance to the next.
     m, n = matches + np.eye(40)[39], matches + others + np.eye(40)[0] + np.eye(40)[39]
     fit = [min(max(m[a:b].sum() / n[a:b].sum() for b in range(k + 1, 41)) for a in range(k + 1)) for k in range(40)]
@@ -589,7 +595,6 @@ def test_probability_of_the_same_person_is_the_share_that_falls_with_the_distanc
     values = [m[level].sum() / n[level].sum() for level in levels]
     edges, odds = np.linspace(0, 2, 41), np.log(values) - np.log1p(np.negative(values))
     assert 5 < len(levels) < 40 and np.allclose(p(edges), 1 / (1 + np.exp(-np.interp(edges, means, odds))))
-    assert p(half) == pytest.approx(0.5)
     # Where other pairs are seven times as frequent, the odds of a match are a seventh.
     prior = matches.sum() / (matches.sum() + 7 * others.sum())
     q, nearer, share = reid.same_person(curve_of(matches, others), prior)
@@ -614,7 +619,6 @@ def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
 
 
 # ---------------------------------------------------------------------------------------------- the commands, the loop
-
 
 def table_of(text, title="Nearest to", rows=None):
     """The rows of the first printed table whose title holds `title`, split; without its header."""
@@ -816,11 +820,10 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
         assert "test crops of 10 identities" in run(par, "--eval", tmp_path / "o.pt")[0]
         out, _ = run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query")
         assert [row["hat"] in ATTRIBUTES["hat"] for row in csv.DictReader(out.splitlines())] == [True] * 20
-    stage_1 = torch_load(tmp_path / "o.pt")
-    run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")
-    stage_2 = torch_load(tmp_path / "r.pt")  # which starts from all of stage 1: backbone, branches, heads, identities
+    run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")  # from all of stage 1
+    stage_1, stage_2 = (torch_load(tmp_path / name) for name in ("o.pt", "r.pt"))
     moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
-    assert not moved and stage_2["record"]["arguments"]["rungs"] == reid.RUNGS and stage_2["stage 1"] is None
+    assert not moved and stage_2["stage 1"] is None
     out, _ = run(reid, "--eval", tmp_path / "r.pt", "--rerank")
     rows, networks = {row[0]: row for row in table_of(out, ", test set, ")}, reid.load(CPU, stage_2)
     data = [common.load_market(market, part, (32, 32)) for part in ("query", "gallery")]
@@ -828,13 +831,13 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
     distances = torch.cat([d for _, d in reid.rerank_chunks(q.features, g.features)])
     expected = brute_force(distances, q.ids, q.cameras, g.ids, g.cameras, None, True)
     assert rows["re-ranked"][1:4] == [f"{100 * expected[k]:.2f}" for k in ("mAP", "mAP_trapezoid", "rank1")]
-    assert out.count("re-ranked") == 3 and "hamming" in rows and rows["none"] != rows["re-ranked"]
+    assert out.count("re-ranked") == 3 and "hamming" in rows and rows["none"][1:] != rows["re-ranked"][1:]
     run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt",
         "--init", tmp_path / "o.pt")  # whose attributes are kept
     assert "predicted attributes differ" in run(reid, "--eval", tmp_path / "w.pt")[0]
-    assert torch_load(tmp_path / "w.pt")["record"]["arguments"]["rungs"] == [
-        "identity", "triplets", "stride", "erasing", "shift"]
-    assert len(torch_load(tmp_path / "w.last")["moments"]) == 1
+    runs = [torch_load(tmp_path / name) for name in ("r.last", "w.last")]
+    assert [(len(last["moments"]), last["record"]["arguments"]["rungs"]) for last in runs] == [
+        (2, reid.RUNGS), (1, ["identity", "triplets", "stride", "erasing", "shift"])]
 
 
 def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(market, tmp_path, run):
@@ -842,8 +845,7 @@ def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(mark
     [path.rename(path.with_name(path.name.replace(path.name[4:8], "_c3s"))) for path in crops_of(root)]
     run(reid, "--data", root, error="No validation identity is seen by two cameras")
     [path.unlink() for path in crops_of(root)[18:]]  # 3 identities are too few to split
-    strong = "--recipe", "strong", "--identities", "all"
-    out, _ = run(reid, "--data", root, *QUICK, "--epochs", 3, "--patience", 1, *strong)
+    out, _ = run(reid, "--data", root, *QUICK, "--epochs=3", "--patience=1", "--recipe=strong", "--identities=all")
     saved = torch_load(tmp_path / "o.pt")
     assert len(saved["train_ids"]) == 3 and not len(saved["validation_ids"]) and saved["record"]["best epoch"] == 3
     assert "18 training and 0 validation" in out and "kept, whatever --patience" in out and "  validation" not in out
@@ -1015,8 +1017,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "replace", Mock(side_effect=error))
         with pytest.raises((KeyboardInterrupt, UserError), match=match):
             common.write_whole(path, lambda file: file.write(b"worse"))
-    assert seen == 2 * [{"x.pt", f".x.pt.{os.getpid()}.tmp"}]
-    assert path.read_text() == "good" and os.listdir(tmp_path) == ["x.pt"]
+    assert seen == 2 * [{"x.pt", f".x.pt.{os.getpid()}.tmp"}] and [*map(Path.read_text, tmp_path.iterdir())] == ["good"]
 
 
 def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set_aside(market, trained, tmp_path, run):
@@ -1063,16 +1064,17 @@ def test_without_data_the_demo_set_is_drawn_once_and_whole(meanwhile, ends, peop
     assert out.startswith("Drawing the demo set") and out.count(f" {people} identities\n") == (2 if people else 0)
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_both_stages_on_an_accelerator_with_graph_and_plain_steps(device, tmp_path, monkeypatch, run, as_users_have_it):
+@pytest.mark.parametrize("device, recipe", [*itertools.product(("cuda", "mps"), ("report", "strong"))])
+def test_both_stages_on_an_accelerator_by_graph_or_not(device, recipe, tmp_path, monkeypatch, run, as_users_have_it):
     if not (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()):
         pytest.skip(f"needs a {device} device")
 
     def losses():
-        run(par, *QUICK[:4], "--epochs", 3, "--device", device)
+        run(par, *QUICK[:4], "--epochs", 3, "--device", device, "--recipe", recipe)
         return [row["loss"] for row in record_of(tmp_path / "o.pt")["epochs"]]
     first = losses()
-    run(reid, *QUICK[:4], "--device", device, "--init", tmp_path / "o.pt", "--out", tmp_path / "r.pt")
+    run(reid, "--epochs=1", "--batch=2", "--device", device, "--recipe", recipe, "--init", tmp_path / "o.pt", "--out",
+        tmp_path / "r.pt")
     tables = [table_of(run(reid, "--device", name, "--eval", tmp_path / "r.pt", "--rerank")[0], "test set")
               for name in (device, "cpu")]
     assert all(float(here[1]) == pytest.approx(float(there[1]), abs=3) for here, there in zip(*tables))
@@ -1083,7 +1085,6 @@ def test_both_stages_on_an_accelerator_with_graph_and_plain_steps(device, tmp_pa
 
 
 # --------------------------------------------------------------------------------------------------------- the errors
-
 
 @pytest.mark.parametrize("error, code, sentence", [
     (UserError("two\nlines."), 2, "two lines."), (OSError("odd"), 2, "A file cannot be read or written (odd)."),
@@ -1175,8 +1176,7 @@ def test_broken_arguments_are_named_in_a_sentence(case, trained, tmp_path, run):
     pairs, (command, sentence) = list(ATTRIBUTES.items()), case.split(": ", 1)
     for name, version, classes in (("older", 2, pairs), ("swapped", 3, pairs[1::-1] + pairs[2:])):  # age and gender
         torch.save({"version": version, "classes": classes, "kind": "par"}, tmp_path / name)
-    code = b"\x80\x02cbuiltins\nprint\n."
-    for name, text in (("text", b""), ("code", code), ("cut.npz", b"PK\3\4" + code)):
+    for name, text in (("text", b""), ("code", code := b"\x80\x02cbuiltins\nprint\n."), ("cut.npz", b"PK\3\4" + code)):
         (tmp_path / name).write_bytes(text)
     common.save_checkpoint(tmp_path / "without.pt", torch_load(trained.reid) | {"stage 1": None})
     (tmp_path / "folder.pt").mkdir()
