@@ -555,9 +555,9 @@ def load_last(out, checkpoint):
 
 
 def set_aside(out):
-    """Rename the checkpoint and record of an earlier run to NAME.old.pt, or .old2.pt and so on: none is lost."""
+    """Rename an earlier run's checkpoint, record and figure 3 to NAME.old.pt, or .old2.pt, and so on: none is lost."""
     k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
-    for path in filter(Path.exists, (out.with_suffix(".json"), out)):  # if cut off between them, they meet again later
+    for path in filter(Path.exists, (out.with_suffix(".json"), out.with_suffix(".png"), out)):  # cut off: goes on later
         print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
 
 

@@ -1027,10 +1027,10 @@ def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set
         error="reid.last is of a run with another stage 1: resume with that, or start without --resume")
     shutil.copy(crops_of(root)[7], crops_of(root)[0])  # other pixels
     run(par, *short_run(par, root, trained), trained.par, "--resume", error="is of a run with another data set")
-    shutil.copy(trained.par.with_suffix(".last"), out.with_suffix(".last"))
+    shutil.copy(trained.par.with_suffix(".last"), out.with_suffix(".last")), out.with_suffix(".png").touch()
     assert "Going on after epoch 3." in run(par, *short_run(par, market, trained), out, "--resume")[0]
     runs = [torch_load(path)["record"]["run"] for path in (out, tmp_path / "a.old.pt")]
-    assert runs == [stage_1["record"]["run"], "another"]
+    assert runs == [stage_1["record"]["run"], "another"] and (tmp_path / "a.old.png").exists()
 
 
 def test_as_a_user_runs_it_and_one_seed_gives_the_same_bits(market, tmp_path, monkeypatch, as_users_have_it):
