@@ -218,9 +218,9 @@ def split_identities(person_ids, fraction=0.6, seed=0):
 def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
     """Augmentation of [report] section 2, flip (p 0.5) and rotation (uniform in +-degrees): float32 [count, 2, 5].
     A matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes (hence the aspect ratio), and
-    from where to where, across and down, it is erased. Beyond the report: a shift by a part of each side, and with
-    probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long as wide (Zhong et al. 2020),
-    cut to the image's sides."""
+    from where to where, across and down, it is erased. Beyond the report, whose strong recipe does not turn: a shift by
+    a part of each side, and with probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long
+    as wide (Zhong et al. 2020), cut to the image's sides."""
     angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]

@@ -3,6 +3,7 @@
 
     python par.py --loss wce --epochs 15                train; the best epoch is par_best.pt
     python par.py --loss all                            the four losses in turn: tables 2 and 3
+    python par.py --recipe strong                       what is known since the report; --head conv
     python par.py --eval par_best.pt                    score: validation and test identities
     python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
     python par.py --stats                               class frequencies: table 4 and figure 4
@@ -68,7 +69,7 @@ class AttributeNet(nn.Module):
         logits = torch.cat([head(x) for head, x in zip(self.heads, inputs)], 1)
         if not self.identities:
             return logits
-        with torch.autocast(crops.device.type, enabled=False):  # distances deserve more than bfloat16's three digits
+        with torch.autocast(crops.device.type, enabled=False):  # from here on in float32: bfloat16 has three digits
             necked = self.neck(features.float())
             if self.training:
                 return torch.cat([logits, features.float(), self.identify(necked)], 1)
@@ -76,7 +77,7 @@ class AttributeNet(nn.Module):
             return torch.cat([logits, F.normalize(necked)], 1)
 
 
-# What the strong recipe adds to the report's; "identity" is to learn identities beside attributes, "mirror" is at test.
+# What --without can leave out of the strong recipe; "identity": identities beside attributes; "mirror": at test.
 RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
 # Each loss: its name in [report] table 2, whether it weighs classes, whether it is focal.
 LOSSES = {"ce": ("Vanilla CE", False, False), "wce": ("Weighted CE", True, False),
@@ -254,9 +255,8 @@ def evaluate(args, record, checkpoint):
 
 def load(args, checkpoint, model=None):
     """A checkpoint's weights in `model` or, without one, in the `AttributeNet` it tells of; on args.device."""
-    own, identities = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
-    identities *= own["recipe"] == "strong"
-    model = model or AttributeNet(head=own["head"], identities=identities, rungs=own["rungs"])
+    own, count = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
+    model = model or AttributeNet(head=own["head"], identities=count * (own["recipe"] == "strong"), rungs=own["rungs"])
     model.load_state_dict(checkpoint["model"])
     return model.to(args.device)
 

@@ -135,7 +135,7 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, crops):
         _, features = self.backbone(crops)
-        with torch.autocast(features.device.type, enabled=False):  # distances deserve more than bfloat16's three digits
+        with torch.autocast(features.device.type, enabled=False):  # from here on in float32: bfloat16 has three digits
             return self.embed(features.float())
 
 
@@ -736,7 +736,7 @@ def parser():
     add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms, report's (100)")
     add("--negatives", choices=("cluster", "random"), default="cluster", help="report's: of the same cluster, or any")
     add = parser.add_argument_group("to rank").add_argument
-    add("--rerank", action="store_true", help="k-reciprocal re-ranking, too (Zhong et al. 2017)")
+    add("--rerank", action="store_true", help="in tables a row for k-reciprocal re-ranking (Zhong et al. 2017)")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
     add("--threshold", type=common.number(float, 0, word="mean"), default="mean", metavar="T",
         help="distance below which crops are returned (mean: of all pairs, report section 4.2.1)")
