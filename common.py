@@ -218,7 +218,7 @@ def split_identities(person_ids, fraction=0.6, seed=0):
 def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
     """Augmentation of [report] section 2, flip (p 0.5) and rotation (uniform in +-degrees): float32 [count, 2, 5].
     A matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes (hence the aspect ratio), and
-    from where to where, across and down, it is erased. Beyond the report, whose strong recipe does not turn: a shift by
+    from where to where, across and down, it is erased. Beyond the report, for strong, which does not turn: a shift by
     a part of each side, and with probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long
     as wide (Zhong et al. 2020), cut to the image's sides."""
     angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
@@ -659,7 +659,7 @@ def image_size(text):
 
 
 def shared_flags(parser, epochs, lr, batch, out, rungs):
-    """Add the flags of both scripts; pairs are defaults of the report and of strong, rungs what --without can take."""
+    """Add the flags of both scripts; tuples: defaults of the report, of strong, of strong from pretrained weights."""
     parser.set_defaults(rungs=rungs)
     add = parser.add_argument_group("data, training and output").add_argument
     add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
@@ -668,7 +668,7 @@ def shared_flags(parser, epochs, lr, batch, out, rungs):
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
     add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="how many (report: %s; strong: %s)" % epochs)
-    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="highest rate (report: %s; strong: %s)" % lr)
+    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="peak (%s; strong: %s, or pretrained %s)" % lr)
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
     add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, triplets or, stage 2 strong, "
         "fours of an identity (%s; strong: %s)" % batch)
@@ -687,8 +687,6 @@ def start(args, source=None, checkpoint=None, data=True):
     if args.without and args.recipe == "report":
         raise UserError("--without leaves out steps of the strong recipe: pass --recipe strong too.")
     args.rungs = [rung for rung in args.rungs if args.recipe == "strong" and rung not in args.without]
-    pairs = {name: value for name, value in vars(args).items() if name in ("epochs", "lr", "batch")}
-    vars(args).update({name: pair[args.recipe == "strong"] for name, pair in pairs.items() if isinstance(pair, tuple)})
     alone = "RANK" not in os.environ  # else torchrun has started this process; MPS cannot send what it computes
     best = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
@@ -714,6 +712,8 @@ def start(args, source=None, checkpoint=None, data=True):
     args.data = find_data(args.data) if data else Path(saved["data"]["folder"])
     demo = (args.data / DRAWN).is_file() if data else saved["data"]["drawn demo set"]
     args.weights = args.weights or ("none" if demo else "imagenet")
+    k = 1 + (args.recipe == "strong") * (1 + (args.weights != "none"))  # of the defaults in `shared_flags`
+    vars(args).update({name: v[:k][-1] for name, v in vars(args).items() if isinstance(v, tuple) and name != "size"})
     record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
               "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
               "processes": processes()[1], "machine": platform.platform(), "versions": {

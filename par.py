@@ -329,7 +329,7 @@ def parser():
     add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
     add("--sheet", action="store_true", help="with --predict: draw the images with their attributes, par_sheet.png")
     add("--maps", action="store_true", help="with --predict: draw where each attribute comes from, par_maps.png")
-    common.shared_flags(parser, (15, 10), (3e-4, 2e-3), (32, 64), "par_best.pt", RUNGS)
+    common.shared_flags(parser, (15, 10), (3e-4, 2e-3, 5e-4), (32, 64), "par_best.pt", RUNGS)
     return parser
 
 

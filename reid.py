@@ -750,7 +750,7 @@ def parser():
     only("--find", nargs="+", metavar="WORD", help="find by attributes: hat=no upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="of images to --embed or to search; or F.npz, to search")
     add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
-    common.shared_flags(parser, (10, 24), (2e-5, 2e-3), (32, 32), "reid_best.pt", RUNGS)
+    common.shared_flags(parser, (10, 24), (2e-5, 2e-3, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
 
 

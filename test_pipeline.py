@@ -275,7 +275,10 @@ def test_augmentation_mirrors_turns_shifts_and_erases_as_drawn():
     assert all(gone.select(axis, end).any() for axis in (1, 2) for end in (0, -1))  # up to each side
 
 
-def test_the_rate_rises_then_falls_and_muon_moves_along_the_nearest_orthogonal_matrix():
+def test_the_rate_rises_then_falls_and_muon_moves_along_the_nearest_orthogonal_matrix(market):
+    for flags, rate in (("--weights=x", 3e-4), (s := "--recipe=strong", 2e-3), (s + " --weights=x", 5e-4)):
+        common.start(args := par.parser().parse_args(["--data", str(market), *flags.split()]))
+        assert args.lr == rate and args.batch == (64 if args.recipe == "strong" else 32)
     rates = [common.learning_rate(step, 100, 3e-4, 0.1) for step in range(101)]
     assert [rates[k] for k in (0, 9, 55, 100)] == pytest.approx([3e-5, 3e-4, 1.5e-4, 0]) and rates[100] == 0
     assert max(rates) == pytest.approx(3e-4) and common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
@@ -553,8 +556,7 @@ def test_validation_ranks_thresholds_and_counts_all_pairs(monkeypatch):
     features, ids, cameras, curve = crops.features, crops.ids, crops.cameras, reid.distance_histograms(crops)
     nine, everyone = reid.Crops(features[:9], ids[:9], cameras[:9]), torch.arange(80)
     distances, same = (features[:, None] - features).norm(dim=2), ids[:, None] == ids
-    own = same & (cameras[:, None] == cameras)
-    mean, few = curve["mean"], reid.distance_histograms(nine, crops)
+    own, mean, few = same & (cameras[:, None] == cameras), curve["mean"], reid.distance_histograms(nine, crops)
     assert mean == pytest.approx(distances.sum().item() / 80 / 79, rel=1e-5)
     assert few["mean"] == pytest.approx(distances[:9].mean().item(), rel=1e-5)
     assert few["others"].sum() == (~same[:9]).sum() and few["matches"].sum() == (same & ~own)[:9].sum()
@@ -823,7 +825,7 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
     run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")  # from all of stage 1
     stage_1, stage_2 = (torch_load(tmp_path / name) for name in ("o.pt", "r.pt"))
     moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
-    assert not moved and stage_2["stage 1"] is None
+    assert not moved and stage_2["stage 1"] is None and stage_1["model"]["identify.weight"].std() > 0.0015  # from 0.001
     out, _ = run(reid, "--eval", tmp_path / "r.pt", "--rerank")
     rows, networks = {row[0]: row for row in table_of(out, ", test set, ")}, reid.load(CPU, stage_2)
     data = [common.load_market(market, part, (32, 32)) for part in ("query", "gallery")]
@@ -998,8 +1000,7 @@ def test_runs_of_one_name_do_not_mix_and_no_two_names_share_a_file(market, tmp_p
     with monkeypatch.context() as patch:  # in the second epoch of the next run, another one begins and ends
         before_call(patch, par, "attribute_loss", 6, lambda: ends.append(call(par, *arguments, 2)))
         run(par, *arguments, 1, error="a.json is another run's by now, so this one ends: give each run an --out of")
-    before = files_of(tmp_path)
-    out, _ = run(par, *QUICK, "--seed", 3, "--out", tmp_path / "a_best.pt", "--resume")
+    before, (out, _) = files_of(tmp_path), run(par, *QUICK, "--seed", 3, "--out", tmp_path / "a_best.pt", "--resume")
     assert f"There is no {tmp_path / 'a_best.last'} to resume: starting." in out and "earlier" not in out
     assert ends == [0] and before.items() < files_of(tmp_path).items() and len(before) == 7
     for seed, name in enumerate(("a.old.pt", "a.old2.pt", "a.pt", "a_best.pt")):
@@ -1200,8 +1201,7 @@ def test_mutated_files_end_in_a_sentence_or_in_work(kind, market, trained, tmp_p
     good = np.fromfile(path, np.uint8)
     for k in range(MUTATIONS // 4):
         # Anywhere, or near an end, where a zip file keeps its table of contents and a JPEG its header.
-        places = random.randint((len(good), min(len(good), 2000))[k % 2], size=random.randint(1, 9))
-        bad = good.copy()
+        places, bad = random.randint((len(good), min(len(good), 2000))[k % 2], size=random.randint(1, 9)), good.copy()
         bad[places * random.choice([-1, 1])] ^= random.randint(1, 256, len(places), np.uint8) * (k > 0)
         path.write_bytes(bad[:random.randint(len(bad)) if k % 4 == 3 else None].tobytes())
         code, said = call(par, *command), capsys.readouterr()  # another exception than `run` knows would fail here
