@@ -1011,14 +1011,14 @@ def test_runs_of_one_name_do_not_mix_and_no_two_names_share_a_file(market, tmp_p
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """In a file of this process's own, which must be on the disk before it takes the other's place."""
-    path, seen = tmp_path / "x.pt", []
+    path, seen, new = tmp_path / "x.pt", [], f".x.pt.{os.getpid()}.tmp"
     path.write_text("good")
     monkeypatch.setattr(os, "fsync", lambda _: seen.append({p.name for p in tmp_path.iterdir()}))
     for error, match in ((KeyboardInterrupt, None), (OSError(28, "No space left"), "x.pt cannot be written .No space")):
         monkeypatch.setattr(os, "replace", Mock(side_effect=error))
         with pytest.raises((KeyboardInterrupt, UserError), match=match):
             common.write_whole(path, lambda file: file.write(b"worse"))
-    assert seen == 2 * [{"x.pt", f".x.pt.{os.getpid()}.tmp"}] and [*map(Path.read_text, tmp_path.iterdir())] == ["good"]
+    assert seen == 2 * [{"x.pt", new}] and path.read_text() == "good" and os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set_aside(market, trained, tmp_path, run):
