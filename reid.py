@@ -406,11 +406,11 @@ def report_recipe(args, market, rows, state):
 def strong_recipe(args, market, rows, state):
     """Beyond the report: identities (smoothing their labels cost mAP), hard triplets and attributes (by weighted cross-
     entropy) learned jointly, from groups of four crops of one identity: -> (network, plan, criterion) for `fit`."""
-    if not {"identity", "triplets", "attributes"} & set(args.rungs):
-        raise UserError("--without identity triplets attributes leaves nothing to train: leave in one of them.")
     ids, labels = market.person_ids[rows], market.labels.to(args.device)
     identities = torch.searchsorted(ids.unique(), market.person_ids).to(args.device)  # 0, 1, ... of those to train on
     weights, count = [w.to(args.device) for w in par.class_weights(market.labels[rows])], len(ids.unique())
+    if count < 2 or not {"identity", "triplets", "attributes"} & set(args.rungs):
+        raise UserError("Nothing to learn: give two identities or more; leave in identity, triplets or attributes.")
     torch.manual_seed(args.seed)
     model = par.AttributeNet(state=state, head=args.head, identities=count, rungs=args.rungs)
 

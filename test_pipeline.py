@@ -101,10 +101,10 @@ def market(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(market, tmp_path_factory):
-    """A run of each stage: their best checkpoints .par and .reid; beside them a data set with a crop of each person."""
+    """A run of each stage: their best checkpoints .par and .reid; beside them a data set of one crop of one person."""
     folder = tmp_path_factory.mktemp("trained")
     trained = SimpleNamespace(folder=folder, par=folder / "par.pt", reid=folder / "reid.pt")
-    common.draw_market(folder / "lonely", 6, 1, seed=0)
+    common.draw_market(folder / "lonely", 1, 1, seed=0)
     for module, out in ((par, trained.par), (reid, trained.reid)):
         assert call(module, *short_run(module, market, trained), out) == 0
     return trained
@@ -1145,7 +1145,7 @@ par --eval T/par.pt --predict N: No image could be read from
 reid --compare: it needs --init FILE, a checkpoint of par.py
 reid --init T/par.pt --compare --identities all: and not --identities all, which leaves none
 reid --recipe strong --without nick: invalid choice: 'nick' (choose from
-reid --recipe strong --without identity triplets attributes: leaves nothing to train: leave in one of
+reid --recipe strong --without identity triplets attributes: Nothing to learn: give two identities or more; leave in
 par --without neck: --without leaves out steps of the strong recipe: pass --recipe strong too
 reid --embed N/x.npz: --embed needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to search, and --gallery with one of these or
@@ -1161,8 +1161,8 @@ par --out N/folder.pt: folder.pt is no name for the file to write: give one that
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
 reid --init T/par.pt --size 128x64: was trained with another --size than 128x64
 reid --init T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
-par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's
-reid --data T/lonely: No triplet can be formed
+reid --data T/lonely --identities all: No triplet can be formed
+reid --data T/lonely --identities all --recipe strong: Nothing to learn: give two identities or more
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
 par --eval N/none.pt: none.pt does not exist
 par --eval N/older: older is not a checkpoint of this version of the project
