@@ -545,7 +545,7 @@ def evaluate(args, networks, checkpoint, seconds):
         if validation:
             *_, hamming, curve = score_and_show(args, validation, None, args.hamming)
         *_, found = score_and_show(args, query, gallery, hamming)
-    print("A match not returned counts as precision 0, so selections can only lower mAP; precision is of the lists.")
+    print("A match not returned counts as precision 0, so a threshold can only lower mAP; precision is of the lists.")
     if validation:
         show_calibration("test set", curve, found, args.prior)
     if args.show:
