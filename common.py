@@ -684,8 +684,8 @@ def start(args, source=None, checkpoint=None, data=True):
     dict. A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
     if not args.out.name:
         raise UserError(f"--out {args.out} is no name for a file.")
-    if args.without and args.recipe == "report":
-        raise UserError("--without leaves out steps of the strong recipe: pass --recipe strong too.")
+    if args.without and (args.recipe == "report" or args.eval):
+        raise UserError("--without leaves steps out of training by --recipe strong: pass that too, and no --eval.")
     args.rungs = [rung for rung in args.rungs if args.recipe == "strong" and rung not in args.without]
     alone = "RANK" not in os.environ  # else torchrun has started this process; MPS cannot send what it computes
     best = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"

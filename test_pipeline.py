@@ -1146,7 +1146,7 @@ reid --compare: it needs --init FILE, a checkpoint of par.py
 reid --init T/par.pt --compare --identities all: and not --identities all, which leaves none
 reid --recipe strong --without nick: invalid choice: 'nick' (choose from
 reid --recipe strong --without identity triplets attributes: Nothing to learn: give two identities or more; leave in
-par --without neck: --without leaves out steps of the strong recipe: pass --recipe strong too
+par --without neck: --without leaves steps out of training by --recipe strong: pass that too, and no --eval
 reid --embed N/x.npz: --embed needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to search, and --gallery with one of these or
 reid --eval T/reid.pt --gallery N --find a=b: name one of these attributes: age, gender, hair
@@ -1165,6 +1165,7 @@ reid --data T/lonely --identities all: No triplet can be formed
 reid --data T/lonely --identities all --recipe strong: Nothing to learn: give two identities or more
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
 par --eval N/none.pt: none.pt does not exist
+reid --eval T/reid.pt --recipe strong --without mirror: pass that too, and no --eval
 par --eval N/older: older is not a checkpoint of this version of the project
 par --eval N/swapped: swapped is not a checkpoint of this version of the project
 par --eval N/code: code is not a readable checkpoint (UnpicklingError)
