@@ -785,11 +785,11 @@ def main(args):
     split = (market.person_ids > 0, market.person_ids < 1) if args.identities == "all" else \
         par.saved_split(checkpoint, market.person_ids, source) if checkpoint else \
         common.split_identities(market.person_ids, seed=args.seed)
+    if args.compare:  # first, as only this one reads --weights: what is wrong with them is told before the work
+        own = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
+        plain = train(own, record | {"fingerprints": record["fingerprints"] | {"stage 1": None}}, None, market, split)
     results = train(args, record, checkpoint, market, split)
     if args.compare:
-        own = argparse.Namespace(**vars(args) | {"init": None, "out": args.out.with_stem(args.out.stem + "_without")})
-        record["fingerprints"] = record["fingerprints"] | {"stage 1": None}
-        plain = train(own, record, None, market, split)
         common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
                      [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
                       for protocol in results])

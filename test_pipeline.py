@@ -866,7 +866,7 @@ def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_
     finals = [record_of(path)["final"]["validation"] for path in paths[1:]]
     assert [row[2:] for row in table_of(out, "Table 1")] == [
         [f"{100 * final[protocol]['none']['mAP']:.2f}" for final in finals] for protocol in finals[0]]
-    assert "no Hamming filter" in run(reid, "--eval", paths[1])[0]
+    assert out.index("From weights") < out.index("From stage 1") and "no Hamming" in run(reid, "--eval", paths[1])[0]
     run(par, "--eval", paths[1], error="o_without.pt predicts no attributes: pass a checkpoint of par.py")
 
 
