@@ -324,7 +324,7 @@ def precision(device):
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan et al. 2024), which PyTorch has from 2.9 on: a matrix moves, by twenty times the
-    rate, along the orthogonal matrix nearest to its Nesterov momentum, so that it learns all directions at one pace."""
+    rate, as about the orthogonal matrix nearest to its Nesterov momentum: all large directions learn at one pace."""
 
     @torch.no_grad()
     def step(self):
@@ -335,7 +335,7 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(matrix.grad, 0.1)
             x = matrix.grad.lerp(momentum, 0.9)
             x = (x / (x.norm() + 1e-9)).to(getattr(torch, precision(x.device)))
-            for _ in range(3):  # Newton-Schulz iterations: singular values go to about 1
+            for _ in range(3):  # Newton-Schulz iterations: singular values, from 0.02 of the norm on, go to about 1
                 a = x @ x.T
                 x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
             matrix.sub_(x * (20 * self.param_groups[0]["lr"]))

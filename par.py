@@ -166,8 +166,8 @@ def load_train(args, annotated=True):
     if junk := [name for name, i in zip(market.names, market.person_ids.tolist()) if i < 1]:
         raise UserError(f"{junk[0]} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
     if annotated and (market.labels < 0).any():
-        raise UserError(f"{args.data}: no annotations_train.csv or market_attribute.mat. Put one there, or train by "
-                        "reid.py --recipe strong --without attributes.")
+        raise UserError(f"{args.data}: no annotations_train.csv or market_attribute.mat. Put one there; reid.py needs "
+                        "none, but with --recipe strong add --without attributes.")
     return market
 
 
@@ -249,7 +249,7 @@ def evaluate(args, record, checkpoint):
             if len(rows):
                 score_and_show(title, model, part, rows, training, market)
             else:
-                print(f"\nThere are no annotated {name} crops: not scored.")
+                print(f"\nNo {name} crops are annotated, or all were trained on: not scored.")
     common.say_seconds(seconds)
 
 

@@ -736,7 +736,7 @@ def parser():
     add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms, report's (100)")
     add("--negatives", choices=("cluster", "random"), default="cluster", help="report's: of the same cluster, or any")
     add = parser.add_argument_group("to rank").add_argument
-    add("--rerank", action="store_true", help="in tables a row for k-reciprocal re-ranking (Zhong et al. 2017)")
+    add("--rerank", action="store_true", help="a row for k-reciprocal re-ranking in the tables; --search has none")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
     add("--threshold", type=common.number(float, 0, word="mean"), default="mean", metavar="T",
         help="distance below which crops are returned (mean: of all pairs, report section 4.2.1)")

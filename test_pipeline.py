@@ -651,7 +651,7 @@ def test_both_stages_write_checkpoint_and_record_and_stage_2_figure_3(trained):
 def test_stage_1_scores_counts_and_compares_the_losses(trained, market, tmp_path, run):
     (shutil.copytree(market, tmp_path / "copy") / "annotations_test.csv").unlink()
     out, unscored = (run(par, "--eval", trained.par, "--data", data)[0] for data in (market, tmp_path / "copy"))
-    assert "There are no annotated test crops: not scored." in unscored
+    assert "No test crops are annotated, or all were trained on: not" in unscored
     assert table_of(out, "60 test crops") == table_of(run(par, "--eval", trained.reid)[0], "60 test crops")
     assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out
     data, rows = common.load_market(market, "train"), table_of(out, "validation crops")
@@ -1111,7 +1111,7 @@ BROKEN_DATA = [  # what the annotations hold, the first crop's name, or what was
     (lambda root: crops_of(root)[0].write_bytes(b""), "is not a readable image"),
     (Path("-1_c1s1_000025_01.jpg"), "shows no identity (0 or -1): move it away"),
     (Path("notes.txt"), "notes.txt is not named like a crop of Market-1501"),
-    (lambda root: (root / "annotations_train.csv").unlink(), "mat. Put one there, or train by reid.py --recipe"),
+    (lambda root: (root / "annotations_train.csv").unlink(), "mat. Put one there; reid.py needs none, but"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
     (lambda root: root.rename(root.with_name("gone")), "is not a folder"),
