@@ -295,14 +295,15 @@ def test_the_rate_rises_then_falls_and_muon_moves_along_the_nearest_orthogonal_m
         assert 0.5 < torch.linalg.svdvals(moved).min() and torch.linalg.svdvals(moved).max() < 1.3
 
 
-def test_augmentation_and_loss_do_not_lose_precision_in_training(market, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rung, shift, erase", [("shift", 0.05, 0), ("erasing", 0, 0.5)])
+def test_augmentation_and_loss_do_not_lose_precision_in_training(rung, shift, erase, market, tmp_path, monkeypatch):
     """bfloat16 coordinates would be wrong by a third of a pixel, and distances in it would have two digits."""
     monkeypatch.setattr(common, "precision", lambda device: "bfloat16")
     given, data, model = [], common.load_market(market, "train"), par.AttributeNet()
     model.backbone.forward = lambda x: given.append(x) or (None, x.new_zeros(8, model.backbone.width).requires_grad_())
-    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", recipe="strong", rungs=["erasing"],
+    short_fit(model, data, torch.arange(8)[:, None], tmp_path / "x.pt", recipe="strong", rungs=[rung],
               criterion=lambda z, rows: given.extend((z.dtype, (z[0] @ z[0].T).dtype)) or z.sum())
-    expected = common.augment(data.images[:8], common.random_warp(8, (128, 64), seeded(), 0, 0, 0.5))
+    expected = common.augment(data.images[:8], common.random_warp(8, (128, 64), seeded(), 0, shift, erase))
     assert torch.equal(given[0], expected) and given[1:] == 2 * [torch.float32]
 
 
@@ -327,8 +328,7 @@ def test_backbone_normalises_loads_torchvisions_weights_and_convolves_by_matrice
 # ------------------------------------------------------------------------------------------------ stage 1, by formulas
 
 def some_classes(count, seed):
-    generator = seeded(seed)
-    return torch.stack([torch.randint(0, n, (count,), generator=generator) for n in SIZES], 1)
+    return torch.stack([torch.randint(0, n, (count,), generator=g) for g in [seeded(seed)] for n in SIZES], 1)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -822,9 +822,8 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
         assert "test crops of 10 identities" in run(par, "--eval", tmp_path / "o.pt")[0]
         out, _ = run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query")
         assert [row["hat"] in ATTRIBUTES["hat"] for row in csv.DictReader(out.splitlines())] == [True] * 20
-    run(reid, *strong, "--init", tmp_path / "o.pt", "--lr", "1e-12", "--out", tmp_path / "r.pt")  # from all of stage 1
-    run(reid, *strong, "--without", "attributes", "neck", "muon", "mirror", "--out", tmp_path / "w.pt",
-        "--init", tmp_path / "o.pt")  # whose attributes are kept
+    for name, *flags in (("r.pt", "--lr", "1e-12"), ("w.pt", "--without", "attributes", "neck", "muon", "mirror")):
+        run(reid, *strong, "--init", tmp_path / "o.pt", "--out", tmp_path / name, *flags)
     stage_1, stage_2, *runs = (torch_load(tmp_path / name) for name in ("o.pt", "r.pt", "r.last", "w.last"))
     moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
     assert not moved and stage_2["stage 1"] is None and stage_1["model"]["identify.weight"].std() > 0.0015  # from 0.001
@@ -1160,6 +1159,7 @@ par --out N/folder.pt: folder.pt is no name for the file to write: give one that
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
 reid --init T/par.pt --size 128x64: was trained with another --size than 128x64
 reid --init T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
+par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's
 reid --data T/lonely --identities all: No triplet can be formed
 reid --data T/lonely --identities all --recipe strong: Nothing to learn: give two identities or more
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
