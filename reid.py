@@ -616,7 +616,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
                 known.update(zip(map(facts.get, read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
         left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + block) - 1)
         common.progress(f"embedded {done + block} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
-        if left > 0 and not (args.embed and done // block % SAVED == SAVED - 1):
+        if done + block < len(new) and not (args.embed and read and done // block % SAVED == SAVED - 1):
             continue
         if not (rows := [(*fact, *known[fact]) for fact in facts.values() if fact in known]):
             raise UserError(f"No image could be read from {path or args.gallery}.")

@@ -771,7 +771,7 @@ def test_an_index_is_written_once_goes_on_and_answers_as_its_folder_does(trained
     home, counts, embed = tmp_path / "home", [], reid.embed
     folder, index = shutil.copytree(market / "query", home / "mine"), home / "i.npz"
     names = sorted(path.name for path in folder.iterdir())
-    (folder / "text.jpg").write_text("no image")
+    [(folder / f"-{k}.txt").write_text("no image") for k in range(8)]  # two blocks without one
     monkeypatch.setattr(reid, "BLOCK", 4)
     monkeypatch.setattr(reid, "SAVED", 2)
     monkeypatch.setattr(reid, "embed", lambda *values: counts.append(len(values[1].names)) or embed(*values))
