@@ -751,8 +751,9 @@ def timed(seconds, what):
 
 def say_seconds(seconds, file=None):
     """Print where the time went, and the peak memory."""
-    print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items()) + "; peak memory "
-          + " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items()), file=file)
+    peak = " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items())
+    print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
+          + f"; peak memory {peak}" * bool(peak), file=file)
 
 
 def run(main, parser):

