@@ -545,8 +545,8 @@ def load_last(out, checkpoint):
         name = differ[0].replace("rungs", "choice of --without")
         raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")
     count = record["processes"]
-    record.update(last["record"])
-    if not is_own(out, record) and not processes()[0]:
+    record.update(last["record"] | {"arguments": record["arguments"]})
+    if not processes()[0] and not is_own(out, record):
         set_aside(out)
     save_checkpoint(out, last["best"])
     print(f"Going on after epoch {len(record['epochs'])}" + (
@@ -555,7 +555,7 @@ def load_last(out, checkpoint):
 
 
 def set_aside(out):
-    """Rename an earlier run's checkpoint, record and figure 3 to NAME.old.pt, or .old2.pt, and so on: none is lost."""
+    """Rename an earlier run's checkpoint, record, figure 3 to NAME.old.pt, .old2.pt and so on: no weights are lost."""
     k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
     for path in filter(Path.exists, (out.with_suffix(".json"), out.with_suffix(".png"), out)):  # cut off: goes on later
         print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")

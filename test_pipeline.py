@@ -1023,14 +1023,15 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set_aside(market, trained, tmp_path, run):
     root, stage_1, out = shutil.copytree(market, tmp_path / "copy"), torch_load(trained.par), tmp_path / "a.pt"
     common.save_checkpoint(out, stage_1 | {"record": stage_1["record"] | {"run": "another"}})
-    run(reid, *short_run(reid, market, trained), trained.reid, "--resume", "--init", out,
-        error="reid.last is of a run with another stage 1: resume with that, or start without --resume")
+    run(reid, *short_run(reid, market, trained), trained.reid, "--resume", "--init", out, "--hamming", 3,
+        "--prior", 0.2, "--threshold", 1, error="run with another stage 1: resume with that, or start without --resume")
     shutil.copy(crops_of(root)[7], crops_of(root)[0])  # other pixels
     run(par, *short_run(par, root, trained), trained.par, "--resume", error="is of a run with another data set")
     shutil.copy(trained.par.with_suffix(".last"), out.with_suffix(".last")), out.with_suffix(".png").touch()
     assert "Going on after epoch 3." in run(par, *short_run(par, market, trained), out, "--resume")[0]
     runs = [torch_load(path)["record"]["run"] for path in (out, tmp_path / "a.old.pt")]
     assert runs == [stage_1["record"]["run"], "another"] and (tmp_path / "a.old.png").exists()
+    assert record_of(out)["arguments"]["out"] == str(out)  # as it was resumed
 
 
 def test_as_a_user_runs_it_and_one_seed_gives_the_same_bits(market, tmp_path, monkeypatch, as_users_have_it):
