@@ -270,9 +270,8 @@ class Backbone(nn.Module):
         net = resnet18()
         net.load_state_dict(state or net.state_dict())
         net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (stride, stride)
-        for module in net.layer4.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.__class__ = MatrixConv2d
+        for block in net.layer4:
+            block.conv1.__class__ = block.conv2.__class__ = MatrixConv2d
         self.width = net.fc.in_features
         self.net = nn.Sequential(*[*net.children()][:-2]).to(memory_format=torch.channels_last)  # no avgpool, no fc
         # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
@@ -328,9 +327,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for matrix in self.param_groups[0]["params"]:
-            state = self.state[matrix]
-            if not state:
+        for matrix in (p for p in self.param_groups[0]["params"] if p.grad is not None):
+            if not (state := self.state[matrix]):
                 state["momentum"] = torch.zeros_like(matrix)
             momentum = state["momentum"].lerp_(matrix.grad, 0.1)
             x = matrix.grad.lerp(momentum, 0.9)
@@ -413,8 +411,6 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
         for optimizer, moments in zip(optimizers, last["moments"], strict=True):
-            for view, kept in zip(optimizer.param_groups[0]["params"], moments.values(), strict=True):
-                [kept[k].view_as(view) for k in kept if k != "step"]  # AdamW itself would not look
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         generator.set_state(last["generator"])
         if device.type in last["random"]:
@@ -441,8 +437,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         model.train()
         begin = shown = time.perf_counter()
         for k in range(steps):
-            lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
-            rate.fill_(lr)
+            rate.fill_(lr := learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup))
             items, warped = (part[k * batch:(k + 1) * batch].tensor_split(world)[rank].transpose(0, 1)
                              for part in (rows, warp))  # [k, B], [k, B, 2, 5]
             losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items)
