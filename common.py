@@ -441,7 +441,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             items, warped = (part[k * batch:(k + 1) * batch].tensor_split(world)[rank].transpose(0, 1)
                              for part in (rows, warp))  # [k, B], [k, B, 2, 5]
             losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items)
-            # Only here does the host wait for a GPU: at the end of an epoch, and twice a second if someone is watching.
+            # Only here does the host wait for a GPU with the crops: after an epoch, or twice a second if one watches.
             if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
                 done, shown = losses[:k + 1].cpu(), time.perf_counter()
                 if not done.isfinite().all():
