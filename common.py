@@ -384,8 +384,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     parameters = list(model.to(memory_format=torch.channels_last).parameters())
     views = [matrix(p.detach()) for p in parameters]
     rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
-    others, filters = ([view for view, p in zip(views, parameters) if (p.dim() == 4 and "muon" in args.rungs) == which]
-                       for which in (False, True))
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]  # a grouped one is many matrices
+    muon = {id(m.weight) for m in convs if "muon" in args.rungs}
+    others, filters = ([v for v, p in zip(views, parameters) if (id(p) in muon) == which] for which in (False, True))
     optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, {"lr": rate})] if filters else [])
     warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
 

@@ -844,11 +844,11 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
     distances = torch.cat([d for _, d in reid.rerank_chunks(q.features, g.features, 20, 6, 0.3)])
     expected = brute_force(distances, q.ids, q.cameras, g.ids, g.cameras, None, True)
     assert rows["re-ranked"][1:4] == [f"{100 * expected[k]:.2f}" for k in ("mAP", "mAP_trapezoid", "rank1")]
-    assert out.count(re.search(r"at most \d of", out)[0]) == 2  # as tuned on validation
+    assert out.count(re.search(r"at most \d+ of", out)[0]) == 2  # as tuned on validation
     assert out.count("re-ranked") == 3 and "hamming" in rows and rows["none"][1:] != rows["re-ranked"][1:]
     assert "predicted attributes differ" in run(reid, "--eval", tmp_path / "w.pt")[0]
     assert [([*map(len, last["moments"])], last["record"]["arguments"]["rungs"]) for last in runs] == [
-        ([70, 23], reid.RUNGS), ([93], ["identity", "triplets", "stride", "erasing", "shift"])]
+        ([71, 22], reid.RUNGS), ([93], ["identity", "triplets", "stride", "erasing", "shift"])]
 
 
 def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(market, tmp_path, run):
