@@ -540,13 +540,13 @@ def load_last(out, checkpoint):
     if differ:
         name = differ[0].replace("rungs", "choice of --without")
         raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")
-    count = record["processes"]
-    record.update(last["record"] | {"arguments": record["arguments"]})
+    done, count = last["record"], last["record"]["processes"]  # what else a record says is of the part that begins
+    record.update({k: done[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")})
     if not processes()[0] and not is_own(out, record):
         set_aside(out)
     save_checkpoint(out, last["best"])
     print(f"Going on after epoch {len(record['epochs'])}" + (
-        f", but not to the same bits as {record['processes']} processes." if record["processes"] != count else "."))
+        f", but not to the same bits as {count} processes." if count != record["processes"] else "."))
     return last
 
 
