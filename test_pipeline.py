@@ -59,8 +59,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 
 
 @pytest.fixture
-def as_users_have_it(monkeypatch):
-    """Network, precision and threads of a user's run."""
+def as_users_have_it(monkeypatch):  # network, precision and threads of a user's run
     for name, value in USERS[0].items():
         monkeypatch.setattr(common, name, value)
     torch.set_num_threads(USERS[1])
@@ -68,8 +67,7 @@ def as_users_have_it(monkeypatch):
     torch.set_num_threads(1)
 
 
-def call(module, *arguments):
-    """Run a script's main as the command line does: -> exit code. What it prints goes to capsys."""
+def call(module, *arguments):  # run a script's main as the command line does: -> exit code
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         try:
@@ -93,8 +91,7 @@ def run(market, tmp_path, capsys):
 
 
 @pytest.fixture(scope="session")
-def market(tmp_path_factory):
-    """A drawn data set: 10 identities of 6 crops to train with, as many to test with."""
+def market(tmp_path_factory):  # a drawn data set: 10 identities of 6 crops to train with, as many to test with
     root = tmp_path_factory.mktemp("drawn")
     common.draw_market(root, 10, 6, seed=1)
     return root
@@ -147,8 +144,7 @@ def record_of(path):
     return json.loads(path.with_suffix(".json").read_text())
 
 
-def files_of(folder):
-    """Sizes and times of all files: equal to an earlier answer if nothing was written."""
+def files_of(folder):  # their sizes and times: equal to an earlier answer if nothing was written
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -242,6 +238,10 @@ def test_split_is_by_identity_and_seeded():
 
 
 def test_augmentation_mirrors_turns_shifts_and_erases_as_drawn():
+    crops = torch.randint(0, 256, (200, 3, 16, 8), dtype=torch.uint8)
+    out = common.augment(crops, common.random_warp(200, (16, 8), seeded(), degrees=0))
+    mirrored, same = ((out - other).abs().flatten(1).amax(1) < 1e-2 for other in (crops.flip(3), crops))
+    assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
     warp, generator = common.random_warp(50, (128, 64), seeded(5)), seeded(5)
     angle = (torch.rand(50, generator=generator) * 2 - 1) * math.radians(10)
     flip = torch.where(torch.rand(50, generator=generator) < 0.5, -1.0, 1.0)
@@ -433,6 +433,7 @@ def test_clusters_group_crops_by_colour():
     images = (palette[colour][:, :, None, None] + torch.randint(-15, 16, (80, 3, 32, 16), generator=seeded(1))).byte()
     clusters = reid.cluster_histograms(images, 4, seed=0)
     assert len(clusters.unique()) == 4 and all(len(clusters[colour == c].unique()) == 1 for c in range(4))
+    assert torch.equal(clusters, reid.cluster_histograms(images, 4, seed=0))
     assert reid.cluster_histograms(images[:3], 100).max() < 3
     assert (reid.cluster_histograms(images[:1].expand(9, -1, -1, -1), 4) == 0).all()
     with pytest.raises(UserError, match="no crops to cluster"):
@@ -468,8 +469,7 @@ def test_every_triplet_is_possible_and_groups_hold_one_identity_and_each_crop_ab
     assert spread.min() < 5 and spread.max() > len(groups) - 6 and spread.diff().max() <= 8
 
 
-def crops_of_people(count, spread):
-    """Embeddings of nine people seen by three cameras: each person's centre and noise of `spread` around it."""
+def crops_of_people(count, spread):  # nine people, seen by three cameras: each one's centre and noise around it
     generator = seeded()
     ids, cameras = (torch.randint(1, high, (count,), generator=generator) for high in (10, 4))
     features = torch.randn(10, 8, generator=generator)[ids] + spread * torch.randn(count, 8, generator=generator)
@@ -626,8 +626,7 @@ def test_hamming_counts_attributes_that_differ_and_is_tuned_for_map():
 
 # ---------------------------------------------------------------------------------------------- the commands, the loop
 
-def table_of(text, title="Nearest to", rows=None):
-    """The rows of the first printed table whose title holds `title`, split; without its header."""
+def table_of(text, title="Nearest to", rows=None):  # of the first table whose title holds that, split, no header
     return [line.split() for line in text[text.index(title):].split("\n\n")[0].splitlines()[2:]][:rows]
 
 
@@ -914,8 +913,7 @@ def test_training_stops_early_and_keeps_the_best_epoch(market, tmp_path, capsys)
         assert torch.equal(kept, weights[1]) and not torch.equal(kept, weights[2])
 
 
-def check_same_run(first, second):
-    """Two runs must have written the same weights, moments, figures and state of the generator, to the bit."""
+def check_same_run(first, second):  # the same weights, moments, figures and state of the generator, to the bit
     for end in (".pt", ".last"):
         ours, theirs = (torch_load(path.with_suffix(end)) for path in (first, second))
         assert all(torch.equal(v, theirs["model"][k]) for k, v in ours["model"].items())
@@ -963,8 +961,7 @@ def test_two_processes_train_and_score_as_one_does(market, tmp_path, monkeypatch
     assert table in out and "test set" in table  # scored by two processes to the last digit
 
 
-def together(count, *command):
-    """Start a command as one process, or as more that meet, as torchrun would start them."""
+def together(count, *command):  # start it as one process, or as more that meet, as torchrun would start them
     with socket.create_server(("127.0.0.1", 0)) as free:
         there = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     return [start(command, **(there | {"RANK": str(rank)} if count > 1 else {})) for rank in range(count)]
@@ -1118,6 +1115,7 @@ BROKEN_DATA = [  # what the annotations hold, the first crop's name, or what was
     (lambda root: (root / "annotations_train.csv").unlink(), "mat. Put one there; reid.py needs none, but"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
+    (lambda root: root.rename(root.with_name("gone")), "is not a folder"),
 ]
 
 
@@ -1139,7 +1137,9 @@ BROKEN_ARGUMENTS = f"""
 par --device {ABSENT}: finds no {ABSENT} device here: pass --device
 reid --eval T/reid.pt --prior 0: argument --prior: 0 is not a number from 1e-12 to 0.999999
 par --size 0x64: 0x64 is not HEIGHTxWIDTH, each from 32 to 1024
+par --lr=-1e-3: -1e-3 is not a number from 1e-12
 reid --threshold far: argument --threshold: invalid
+reid --init T/par.pt --eval T/reid.pt: not allowed with argument --init
 par --predict N: --predict PATH... needs --eval FILE, and --sheet and --maps go with --predict
 par --eval T/par.pt --predict N: No image could be read from
 reid --compare: it needs --init FILE, a checkpoint of par.py
