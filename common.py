@@ -155,7 +155,7 @@ def read_crops(paths, size, skip=False):
     def read(start):
         decoded = batch = paths[start:start + count]
         with contextlib.suppress(RuntimeError, OSError, AttributeError):  # else one by one, which says what is wrong
-            files = [torch.from_numpy(np.fromfile(path, np.uint8, 2**26 if count == 1 else -1)) for path in batch]
+            files = [torch.from_numpy(np.fromfile(path, np.uint8, min(path.stat().st_size, 2**26))) for path in batch]
             decoded = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
         for i, crop in enumerate(decoded, start):
             try:
