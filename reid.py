@@ -123,11 +123,12 @@ def sample_groups(person_ids, size=4, generator=None):
 # ------------------------------------------------------------------------------------------------- network and loss
 
 class EmbeddingNet(nn.Module):
-    """[report] figure 2: stage 1 without its heads, ReLU, a fully connected layer: crops [B, 3, H, W] -> [B, dim]."""
+    """[report] figure 2: stage 1 without its heads, ReLU, a fully connected layer: crops [B, 3, H, W] -> [B, dim].
+    rungs: with "stride", for a stage 1 that was trained so, the last stage's is 1, as in `par.AttributeNet`."""
 
-    def __init__(self, dim=120, state=None):
+    def __init__(self, dim=120, state=None, rungs=()):
         super().__init__()
-        self.backbone = common.Backbone(state)
+        self.backbone = common.Backbone(state, 1 if "stride" in rungs else 2)
         self.embed = nn.Sequential(nn.ReLU(), nn.Linear(self.backbone.width, dim))
 
     def forward(self, crops):
@@ -395,7 +396,7 @@ def report_recipe(args, market, rows, state):
     if args.negatives == "cluster":
         clusters = cluster_histograms(market.images[rows], args.clusters, args.seed)
     torch.manual_seed(args.seed)
-    return (EmbeddingNet(args.dim, state), lambda generator: rows[sample_triplets(ids, clusters, generator)],
+    return (EmbeddingNet(args.dim, state, args.rungs), lambda random: rows[sample_triplets(ids, clusters, random)],
             lambda embeddings, _: triplet_loss(*embeddings, args.margin))
 
 
@@ -521,7 +522,7 @@ def draw_distances(path, curve, prior):
 def load(args, checkpoint):
     """The networks of a checkpoint: (the one that embeds, the one that predicts attributes, or None)."""
     own, stage_1 = checkpoint["record"]["arguments"], checkpoint["stage 1"]
-    model = par.load(args, checkpoint, EmbeddingNet(own["dim"]) if own["recipe"] == "report" else None)
+    model = par.load(args, checkpoint, own["recipe"] == "report" and EmbeddingNet(own["dim"], rungs=own["rungs"]))
     return model, model if "attributes" in own["rungs"] else stage_1 and par.load(args, stage_1)
 
 
@@ -767,7 +768,8 @@ def main(args):
     source, kind = (args.eval, "reid") if args.eval else (args.init, "par")
     checkpoint = source and common.load_checkpoint(source, kind)
     record = common.start(args, source, checkpoint, data=not args.gallery)
-    args.head = checkpoint["record"]["arguments"]["head"] if args.init else "linear"
+    own = checkpoint["record"]["arguments"] if args.init else {"head": "linear", "rungs": []}
+    args.head, args.rungs = own["head"], args.rungs or [rung for rung in own["rungs"] if rung == "stride"]
     if args.eval:
         command, picture = (search, "search.png") if args.search else (find, "find.png") if args.find else \
             (embed_files if args.gallery else export, None) if args.embed else (evaluate, args.show and "show.png")

@@ -542,13 +542,12 @@ def test_rank_metrics_equal_brute_force(seed, kind, monkeypatch):
     distances = ((6 * distances).round() if seed % 4 > 1 else distances.log()).to(getattr(torch, kind))  # most are tied
     sides = draw(1, 9, queries), draw(1, 4, queries), draw(-1, 7, gallery), draw(1, 4, gallery)
     monkeypatch.setattr(reid, "chunk_rows", in_sevens)
-    before = distances.clone()
+    before, one = distances.clone(), torch.tensor([1])
     for cross_camera in (True, False):
         for keep in (None, torch.rand(queries, gallery, generator=generator) < 0.3):
             assert reid.rank_metrics(distances, *sides, keep, cross_camera) == pytest.approx(
                 brute_force(distances, *sides, keep, cross_camera), abs=1e-9)
     assert torch.equal(distances, before)
-    one = torch.tensor([1])
     for value, camera, sentence in ((0.0, 1, "No query has a match"), (math.nan, 2, "Distances are NaN")):
         with pytest.raises(UserError, match=sentence):  # its own camera's alone
             reid.rank_metrics(torch.tensor([[value]]), one, one, one, torch.tensor([camera]))
@@ -777,8 +776,7 @@ def test_an_index_is_written_once_goes_on_and_answers_as_its_folder_does(trained
     folder, index = shutil.copytree(market / "query", home / "mine"), home / "i.npz"
     names = sorted(path.name for path in folder.iterdir())
     [(folder / f"-{k}.txt").write_text("no image") for k in range(8)]  # two blocks without one
-    monkeypatch.setattr(reid, "BLOCK", 4)
-    monkeypatch.setattr(reid, "SAVED", 2)
+    monkeypatch.setattr(reid, "BLOCK", 4), monkeypatch.setattr(reid, "SAVED", 2)
     monkeypatch.setattr(reid, "embed", lambda *values: counts.append(len(values[1].names)) or embed(*values))
 
     def write(**expected):
@@ -827,9 +825,11 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
         assert "test crops of 10 identities" in run(par, "--eval", tmp_path / "o.pt")[0]
         out, _ = run(par, "--eval", tmp_path / "o.pt", "--predict", market / "query")
         assert [row["hat"] in ATTRIBUTES["hat"] for row in csv.DictReader(out.splitlines())] == [True] * 20
-    for name, *flags in (("r.pt", "--lr", "1e-12"), ("w.pt", "--without", "attributes", "neck", "muon", "mirror")):
+    for name, *flags in (("r.pt", "--lr", "1e-12"), ("b.pt", "--recipe", "report"),
+                         ("w.pt", "--without", "attributes", "neck", "muon", "mirror")):
         run(reid, *strong, "--init", tmp_path / "o.pt", "--out", tmp_path / name, *flags)
-    stage_1, stage_2, *runs = (torch_load(tmp_path / name) for name in ("o.pt", "r.pt", "r.last", "w.last"))
+    stage_1, stage_2, plain, *runs = (torch_load(tmp_path / n) for n in ("o.pt", "r.pt", "b.pt", "r.last", "w.last"))
+    assert reid.load(CPU, plain)[0].backbone.net[-1][0].conv1.stride == (1, 1)  # as in stage 1
     moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
     assert not moved and stage_2["stage 1"] is None and stage_1["model"]["identify.weight"].std() > 0.0015  # from 0.001
     out, _ = run(reid, "--eval", tmp_path / "r.pt", "--rerank")
