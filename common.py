@@ -208,8 +208,7 @@ def split_identities(person_ids, fraction=0.6, seed=0):
     count = round(fraction * len(ids))
     if count < 2 or len(ids) - count < 2:
         raise UserError(f"{len(ids)} identities are too few to split: training and validation need two each.")
-    chosen = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]]
-    train = torch.isin(person_ids, chosen)
+    train = torch.isin(person_ids, ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]])
     return train, ~train
 
 
@@ -285,8 +284,7 @@ class Backbone(nn.Module):
 
 
 def backbone_weights(args):
-    """State dict for `Backbone` from --weights: imagenet, downloaded once, or a file of torchvision's; None for random
-    ones, and for a run that resumes."""
+    """State dict for `Backbone`: ImageNet's, downloaded once, or a file's; None: random, or of a run that resumes."""
     if (choice := args.weights) == "none" or args.resume and args.out.with_suffix(".last").exists():
         return None
     if choice == "imagenet":
@@ -366,9 +364,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     validate    () -> dict of figures; the first decides which epoch is best (without any, the last) and when to stop
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
-    AdamW; of the strong recipe Muon for filters. An epoch's last items, which fill no batch, are left out. Of several
-    processes each takes its slice of every batch, and gradients are summed: they all hold the same weights. After each
-    epoch the file args.out, with the ending .last, holds all that --resume needs. Returns the record."""
+    AdamW; of the strong recipe Muon for filters, but for grouped ones, many matrices each. Items that fill no batch are
+    left out. Of several processes each takes its slice of every batch, and gradients are summed: all hold the same
+    weights. After each epoch args.out, with the ending .last, holds all that --resume needs. Returns the record."""
     device, out, (rank, world) = next(model.parameters()).device, args.out, processes()
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     record = checkpoint["record"] = copy.deepcopy(checkpoint["record"]) | {
@@ -484,9 +482,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
 
 
 def graphed(step, warmup=3):
-    """The same step for CUDA, where a batch takes less time than launching its thousand kernels one by one. The first
-    run as they are: cuDNN chooses its algorithms, AdamW makes its state. Then one is recorded as a CUDA graph without
-    being run; it and all later ones replay that, on new values in the same memory."""
+    """The same step for CUDA, where it takes less time than launching its thousand kernels: the first run as they are,
+    while cuDNN and AdamW make ready; one is recorded as a graph, which it and all later replay on new values."""
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # for good: the default stream cannot be recorded
     calls, graph, inputs, losses = itertools.count(), torch.cuda.CUDAGraph(), [], []
@@ -528,7 +525,6 @@ def add_up(tensor):
 
 def load_last(out, checkpoint):
     """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
-
     UserError if it is of other arguments or data. A kill may have left `out` older than that: it is written again."""
     path, record = out.with_suffix(".last"), checkpoint["record"]
     if not path.exists():

@@ -159,10 +159,9 @@ def crops_of(root):
 # ----------------------------------------------------------------------------- the data, augmentation, the network
 
 def test_drawn_market_is_the_same_each_time_and_laid_out_like_market_1501(market, tmp_path):
-    files = []
-    for root in (tmp_path / "a", tmp_path / "b"):
+    for root in (roots := [tmp_path / "a", tmp_path / "b"]):
         common.draw_market(root, 3, 2, seed=1)
-        files.append({path.relative_to(root): path.read_bytes() for path in files_of(root)})
+    files = [{path.relative_to(root): path.read_bytes() for path in files_of(root)} for root in roots]
     assert files[0] == files[1] and len(files[0]) > 12
     train, query, gallery = (common.load_market(market, part) for part in common.PARTS)
     assert train.labels.tolist() == [common.read_annotations(market, "train")[i] for i in train.person_ids.tolist()]
@@ -1161,7 +1160,6 @@ par --out N/folder.pt: folder.pt is no name for the file to write: give one that
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
 reid --init T/par.pt --size 128x64: was trained with another --size than 128x64
 reid --init T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
-par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
 reid --data T/lonely --identities all: No triplet can be formed
 reid --data T/lonely --identities all --recipe strong: Nothing to learn: give two identities or more
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
