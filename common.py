@@ -258,6 +258,11 @@ class MatrixConv2d(nn.Conv2d):
         return F.linear(near, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
 
 
+def layout(device):
+    """How filters and crops lie in memory: channels last is fastest; on MPS wrong (PyTorch issues 174339, 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 class Backbone(nn.Module):
     """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the last feature map
     [B, width, h, w], features [B, width], its mean over the places).
@@ -279,7 +284,7 @@ class Backbone(nn.Module):
 
     def forward(self, crops):
         x = (crops.float() - self.mean) / self.std
-        maps = self.net(x.contiguous(memory_format=torch.channels_last))
+        maps = self.net(x.contiguous(memory_format=layout(x.device)))
         return maps, F.adaptive_avg_pool2d(maps, 1).flatten(1)
 
 
@@ -374,16 +379,15 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     generator, cuda = torch.Generator().manual_seed(args.seed), device.type == "cuda"
     random = torch if device.type == "cpu" else getattr(torch, device.type)  # where dropout draws
     if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-        crops = crops.to(device)
+        crops = crops.to(device, memory_format=layout(device))
 
     def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy what is channels-last
-        return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).view(len(tensor), -1)
+        return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).view(len(tensor), -1)
 
-    parameters = list(model.to(memory_format=torch.channels_last).parameters())
+    parameters = list(model.to(memory_format=layout(device)).parameters())
     views = [matrix(p.detach()) for p in parameters]
     rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]  # a grouped one is many matrices
-    muon = {id(m.weight) for m in convs if "muon" in args.rungs}
+    muon = {id(m.weight) for m in model.modules() if "muon" in args.rungs and isinstance(m, nn.Conv2d) and m.groups < 2}
     others, filters = ([v for v, p in zip(views, parameters) if (id(p) in muon) == which] for which in (False, True))
     optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, {"lr": rate})] if filters else [])
     warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
@@ -531,8 +535,8 @@ def load_last(out, checkpoint):
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
     differ = [name for kind in ("arguments", "fingerprints") for name, value in record[kind].items()
-              if name not in ("data", "init", "out", "device", "without", "prior", "hamming", "threshold", "rerank")
-              and value != last["record"][kind].get(name)]
+              if name not in ("data", "init", "out", "without", "prior", "hamming", "threshold", "rerank")
+              and value != (had := last["record"][kind].get(name)) and (name != "device" or "mps" in (value, had))]
     if differ:
         name = differ[0].replace("rungs", "choice of --without")
         raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")

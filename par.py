@@ -258,7 +258,7 @@ def load(args, checkpoint, model=None):
     own, count = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
     model = model or AttributeNet(head=own["head"], identities=count * (own["recipe"] == "strong"), rungs=own["rungs"])
     model.load_state_dict(checkpoint["model"])
-    return model.to(args.device)
+    return model.to(args.device, memory_format=common.layout(torch.device(args.device)))
 
 
 def predict_files(args, record, checkpoint):
