@@ -592,7 +592,10 @@ def write_whole(path, write):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for pause in (0.1, 0.3, 1, 0):  # on Windows a virus scanner may hold what is new for a moment
+            with contextlib.suppress(*[PermissionError] * (pause > 0)):
+                return os.replace(temporary, path)
+            time.sleep(pause)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}).") from None
     finally:
@@ -692,7 +695,7 @@ def start(args, source=None, checkpoint=None, data=True):
         try:
             if args.device == "cuda":  # one for each process of this machine
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            dist.init_process_group("nccl" if args.device == "cuda" and dist.is_nccl_available() else "gloo")
             atexit.register(dist.destroy_process_group)  # else its threads may abort the process at its end
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
