@@ -594,11 +594,10 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
     log_p is [N, 0] where no attributes are predicted. With --embed these are an index, saved there, whose names are
     relative to its folder, unless on another drive, so that they can be moved together. What it holds already, of a run
     that was cut off or an earlier one, is not embedded anew where name, size and time are still the same."""
-    facts, known, block = {}, {}, BLOCK * common.processes()[1]
+    facts, known, block, home = {}, {}, BLOCK * common.processes()[1], args.embed and args.embed.parent.resolve()
     for file in common.user_files([path or args.gallery]):
-        name, stat = str(file), file.stat()
-        if args.embed and file.resolve().drive == args.embed.resolve().drive:
-            name = os.path.relpath(file.parent.resolve() / file.name, args.embed.parent.resolve())
+        own, stat = file.parent.resolve() / file.name if home else file, file.stat()
+        name = Path(os.path.relpath(own, home)).as_posix() if home and own.drive == home.drive else str(own)
         facts[file] = name, stat.st_size, stat.st_mtime_ns
     if args.embed and args.embed.exists():
         known = {row[:3]: row[3:] for row in zip(*load_index(args.embed, checkpoint, seconds).values())}
