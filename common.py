@@ -508,7 +508,7 @@ def graphed(step, warmup=3):
 
 def progress(text):
     """Show one line that the next call overwrites; nothing where the output is a file."""
-    if sys.stderr.isatty():
+    with contextlib.suppress(OSError, ValueError):  # of a file, and of a terminal that does not say how wide it is
         width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
         print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
 
@@ -762,7 +762,7 @@ def run(main, parser):
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
-        quiet = open(os.devnull, "w") if other else None  # the first process speaks for all
+        quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
         with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):
             args = parser.parse_args()
             return main(args)
