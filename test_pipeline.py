@@ -828,7 +828,8 @@ def test_the_strong_recipe_trains_both_stages_and_is_known_to_what_follows(marke
                          ("w.pt", "--without", "attributes", "neck", "muon", "mirror")):
         run(reid, *strong, "--init", tmp_path / "o.pt", "--out", tmp_path / name, *flags)
     stage_1, stage_2, plain, *runs = (torch_load(tmp_path / n) for n in ("o.pt", "r.pt", "b.pt", "r.last", "w.last"))
-    assert reid.load(CPU, plain)[0].backbone.net[-1][0].conv1.stride == (1, 1)  # as in stage 1
+    assert reid.load(CPU, plain)[0].backbone.net[-1][0].conv1.stride == (1, 1)  # as in stage 1; scored as trained
+    assert (tmp_path / "b.json").read_text().count(f'"mAP": {plain["record"]["epochs"][0]["mAP"]}') > 1
     moved = [k for k, v in stage_2["model"].items() if v.dim() > 1 and not torch.allclose(v, stage_1["model"][k])]
     assert not moved and stage_2["stage 1"] is None and stage_1["model"]["identify.weight"].std() > 0.0015  # from 0.001
     out, _ = run(reid, "--eval", tmp_path / "r.pt", "--rerank")
@@ -1138,7 +1139,6 @@ BROKEN_ARGUMENTS = f"""
 par --device {ABSENT}: finds no {ABSENT} device here: pass --device
 reid --eval T/reid.pt --prior 0: argument --prior: 0 is not a number from 1e-12 to 0.999999
 par --size 0x64: 0x64 is not HEIGHTxWIDTH, each from 32 to 1024
-par --lr=-1e-3: -1e-3 is not a number from 1e-12
 reid --threshold far: argument --threshold: invalid
 reid --init T/par.pt --eval T/reid.pt: not allowed with argument --init
 par --predict N: --predict PATH... needs --eval FILE, and --sheet and --maps go with --predict
