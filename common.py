@@ -534,7 +534,7 @@ def load_last(out, checkpoint):
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
-    differ = [name for kind in ("arguments", "fingerprints") for name, value in record[kind].items()
+    differ = [name for kind in ("fingerprints", "arguments") for name, value in record[kind].items()
               if name not in ("data", "init", "out", "without", "prior", "hamming", "threshold", "rerank")
               and value != (had := last["record"][kind].get(name)) and (name != "device" or "mps" in (value, had))]
     if differ:
