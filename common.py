@@ -351,7 +351,7 @@ def infer(model, crops, rows=None, pixels=512 * 128 * 64):
     first, end = (k * len(parts) // world for k in (rank, rank + 1))  # whole batches: figures do not depend on `world`
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-        output = torch.cat([model(crops[part].to(device)) for part in parts[first:end]]).float()
+        output = torch.cat([model(crops[p].to(device, memory_format=layout(device))) for p in parts[first:end]]).float()
         if world > 1:
             output = add_up(F.pad(output, (0, 0, first * batch, len(rows) - first * batch - len(output))))
     if not output.isfinite().all():

@@ -153,7 +153,7 @@ def activation_maps(model, crops, found):
     product at each of its places says what that place adds to the logit. Of a conv head: its attention."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        maps, _ = model.eval().backbone(crops.to(device))
+        maps, _ = model.eval().backbone(crops.to(device, memory_format=common.layout(device)))
         if model.conv:
             return model.attend(maps)[1].unflatten(2, maps.shape[2:]).cpu()
         weights = torch.stack([head[1].weight[which] for head, which in zip(model.heads, found.T.to(device))], 1)

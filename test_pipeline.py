@@ -895,11 +895,9 @@ def test_a_step_of_the_loop_equals_a_plain_float32_step(k, device, market, tmp_p
         z = plain(F.grid_sample(x, F.affine_grid(turned, x.shape, align_corners=False), align_corners=False))
         loss = F.relu((z[:8] - z[8:16]).square().sum(1) - (z[:8] - z[16:]).square().sum(1) + 5).mean() if k == 3 else \
             sum(F.cross_entropy(part, data.labels[rows, a]) for a, part in enumerate(z.split(SIZES, 1)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        optimizer.zero_grad(), loss.backward(), optimizer.step(), losses.append(loss.item())
     assert record["epochs"][0]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert model.backbone.net[0].weight.is_contiguous() == (device == "mps")
     for (name, a), b, before in zip(model.named_parameters(), plain.parameters(), begun.parameters()):
         assert name == "embed.1.bias" or (a - b).norm() < 0.1 * (b - before).norm(), name  # its slope is rounding
 
@@ -1029,6 +1027,9 @@ def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set
         "--prior", 0.2, "--threshold", 1, error="run with another stage 1: resume with that, or start without --resume")
     shutil.copy(crops_of(root)[7], crops_of(root)[0])  # other pixels
     run(par, *short_run(par, root, trained), trained.par, "--resume", error="is of a run with another data set")
+    (last := torch_load(trained.par.with_suffix(".last")))["record"]["arguments"]["device"] = "mps"
+    common.save_checkpoint(out.with_suffix(".last"), last)
+    run(par, *short_run(par, market, trained), out, "--resume", error="is of a run with another device")
     shutil.copy(trained.par.with_suffix(".last"), out.with_suffix(".last")), out.with_suffix(".png").touch()
     assert "Going on after epoch 3." in run(par, *short_run(par, market, trained), out, "--resume")[0]
     runs = [torch_load(path)["record"]["run"] for path in (out, tmp_path / "a.old.pt")]
@@ -1069,8 +1070,8 @@ def test_without_data_the_demo_set_is_drawn_once_and_whole(meanwhile, ends, peop
 
 @pytest.mark.parametrize("device, recipe", [*itertools.product(("cuda", "mps"), ("report", "strong"))])
 def test_both_stages_on_an_accelerator_by_graph_or_not(device, recipe, tmp_path, monkeypatch, run, as_users_have_it):
-    if "GITHUB_ACTIONS" in os.environ or not getattr((torch, torch.backends)[device == "mps"], device).is_available():
-        pytest.skip(f"needs a {device} device")  # GitHub's Macs have one that cannot be used
+    if not (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()):
+        pytest.skip(f"needs a {device} device")
 
     def losses():
         run(par, *QUICK[:4], "--epochs", 3, "--device", device, "--recipe", recipe)
@@ -1117,8 +1118,7 @@ BROKEN_DATA = [  # what the annotations hold, the first crop's name, or what was
     (lambda root: (root / "annotations_train.csv").unlink(), "mat. Put one there; reid.py needs none, but"),
     (lambda root: (root / "bounding_box_train").rename(root / "elsewhere"), "There are no crops in"),
     (lambda root: [path.unlink() for path in crops_of(root)[18:]], "3 identities are too few to split"),
-    (lambda root: root.rename(root.with_name("gone")), "is not a folder"),
-]
+    (lambda root: root.rename(root.with_name("gone")), "is not a folder")]
 
 
 @pytest.mark.parametrize("damage, sentence", BROKEN_DATA, ids=[sentence for _, sentence in BROKEN_DATA])
