@@ -758,7 +758,7 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
-    gc.freeze()  # all that was imported: not to be looked at again when the program ends
+    "triton" in sys.modules or gc.freeze()  # what was imported: not to be looked at again at the end, or told as leaked
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:
