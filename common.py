@@ -150,12 +150,13 @@ def read_crops(paths, size, skip=False):
     to 512 a call, where it is fastest; large ones, to save memory, few, and 64 MB of a file at most. What cannot be
     read is a UserError or, with skip, named on stderr and left out."""
     crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
-    count, failed = max(1, 2**22 // max([2**13, *(path.stat().st_size for path in paths if path.exists())])), {}
+    sizes = {path: min(path.stat().st_size, 2**26) for path in paths if path.exists()}
+    count, failed = max(1, 2**22 // max([2**13, *sizes.values()])), {}
 
     def read(start):
         decoded = batch = paths[start:start + count]
         with contextlib.suppress(RuntimeError, OSError, AttributeError):  # else one by one, which says what is wrong
-            files = [torch.from_numpy(np.fromfile(path, np.uint8, min(path.stat().st_size, 2**26))) for path in batch]
+            files = [torch.from_numpy(np.fromfile(path, np.uint8, sizes.get(path, 0))) for path in batch]
             decoded = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
         for i, crop in enumerate(decoded, start):
             try:
