@@ -266,19 +266,18 @@ def layout(device):
 
 class Backbone(nn.Module):
     """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the last feature map
-    [B, width, h, w], features [B, width], its mean over the places).
-    state: as from `backbone_weights`; None: random. stride: of the last stage; 1 leaves the map twice as high and wide.
-    Another network fits in if it has a `width` and gives such a pair."""
+    [B, width, h, w], its mean over the places [B, width]). state: as of `backbone_weights`; None: random. With "stride"
+    in rungs, the last stage's is 1. Another network fits in if it has a `width` and gives such a pair."""
 
-    def __init__(self, state=None, stride=2):
+    def __init__(self, state=None, rungs=()):
         super().__init__()
         net = resnet18()
         net.load_state_dict(state or net.state_dict())
-        net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (stride, stride)
+        net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (1, 1) if "stride" in rungs else (2, 2)
         for block in net.layer4:
             block.conv1.__class__ = block.conv2.__class__ = MatrixConv2d
         self.width = net.fc.in_features
-        self.net = nn.Sequential(*[*net.children()][:-2]).to(memory_format=torch.channels_last)  # no avgpool, no fc
+        self.net = nn.Sequential(*[*net.children()][:-2])  # no avgpool, no fc
         # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)

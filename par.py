@@ -41,7 +41,7 @@ class AttributeNet(nn.Module):
     def __init__(self, dropout=0.5, state=None, head="linear", identities=0, rungs=()):
         super().__init__()
         self.conv, self.identities, self.rungs = head == "conv", identities, rungs
-        self.backbone = common.Backbone(state, 1 if "stride" in rungs else 2)
+        self.backbone = common.Backbone(state, rungs)
         wide, count, branch = self.backbone.width, len(ATTRIBUTES), 64
         if self.conv:
             self.look = nn.Sequential(nn.Conv2d(wide, count * branch, 3, padding=1, bias=False),

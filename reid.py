@@ -124,11 +124,11 @@ def sample_groups(person_ids, size=4, generator=None):
 
 class EmbeddingNet(nn.Module):
     """[report] figure 2: stage 1 without its heads, ReLU, a fully connected layer: crops [B, 3, H, W] -> [B, dim].
-    rungs: with "stride", for a stage 1 that was trained so, the last stage's is 1, as in `par.AttributeNet`."""
+    rungs: as of `common.Backbone`, for a stage 1 that was trained so."""
 
     def __init__(self, dim=120, state=None, rungs=()):
         super().__init__()
-        self.backbone = common.Backbone(state, 1 if "stride" in rungs else 2)
+        self.backbone = common.Backbone(state, rungs)
         self.embed = nn.Sequential(nn.ReLU(), nn.Linear(self.backbone.width, dim))
 
     def forward(self, crops):
