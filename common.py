@@ -240,7 +240,7 @@ def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
 def augment(crops, warp):
     """Apply `random_warp`, [B, 2, 5], to crops [B, 3, H, W]: float32, black outside, the mean colour where erased."""
     grid = F.affine_grid(warp[:, :, :3], list(crops.shape), align_corners=False)
-    x = F.grid_sample(crops.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    x = F.grid_sample(crops.float().contiguous(memory_format=layout(crops.device)), grid, align_corners=False)
     centres = ((2 * torch.arange(side, device=x.device) + 1) / side - 1 for side in (x.shape[3], x.shape[2]))
     inside = [(at >= warp[:, k, 3:4]) & (at < warp[:, k, 4:]) for k, at in enumerate(centres)]  # [B, W], [B, H]
     return torch.where((inside[0][:, None] & inside[1][:, :, None])[:, None], x.mean((0, 2, 3), keepdim=True), x)
@@ -349,9 +349,9 @@ def infer(model, crops, rows=None, pixels=512 * 128 * 64):
     parts = rows.split(batch)
     rank, world = processes() if len(parts) >= processes()[1] else (0, 1)
     first, end = (k * len(parts) // world for k in (rank, rank + 1))  # whole batches: figures do not depend on `world`
-    model.eval()
+    model.to(memory_format=layout(device)).eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-        output = torch.cat([model(crops[p].to(device, memory_format=layout(device))) for p in parts[first:end]]).float()
+        output = torch.cat([model(crops[part].to(device)) for part in parts[first:end]]).float()
         if world > 1:
             output = add_up(F.pad(output, (0, 0, first * batch, len(rows) - first * batch - len(output))))
     if not output.isfinite().all():
@@ -379,7 +379,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     generator, cuda = torch.Generator().manual_seed(args.seed), device.type == "cuda"
     random = torch if device.type == "cpu" else getattr(torch, device.type)  # where dropout draws
     if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-        crops = crops.to(device, memory_format=layout(device))
+        crops = crops.to(device)
 
     def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy what is channels-last
         return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).view(len(tensor), -1)
@@ -758,7 +758,7 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
-    "triton" in sys.modules or gc.freeze()  # what was imported: not to be looked at again at the end, or told as leaked
+    "triton" in sys.modules or gc.freeze()  # not to look at all imports again at the end; Triton tells them as leaked
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
     try:

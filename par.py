@@ -153,7 +153,7 @@ def activation_maps(model, crops, found):
     product at each of its places says what that place adds to the logit. Of a conv head: its attention."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        maps, _ = model.eval().backbone(crops.to(device, memory_format=common.layout(device)))
+        maps, _ = model.eval().backbone(crops.to(device))
         if model.conv:
             return model.attend(maps)[1].unflatten(2, maps.shape[2:]).cpu()
         weights = torch.stack([head[1].weight[which] for head, which in zip(model.heads, found.T.to(device))], 1)
@@ -258,7 +258,7 @@ def load(args, checkpoint, model=None):
     own, count = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
     model = model or AttributeNet(head=own["head"], identities=count * (own["recipe"] == "strong"), rungs=own["rungs"])
     model.load_state_dict(checkpoint["model"])
-    return model.to(args.device, memory_format=common.layout(torch.device(args.device)))
+    return model.to(args.device)
 
 
 def predict_files(args, record, checkpoint):
