@@ -678,8 +678,7 @@ def test_stage_1_predicts_and_maps_what_can_be_read_and_names_the_rest(trained, 
     large, odd = folder / "large.png", folder / ("odd \u00e4.png" if os.name == "nt" else "two\nlines \u00e4.webp")
     for path in (large, odd, folder / ".hidden.png"):
         Image.new("RGB", (400, 300), "blue").save(path)
-    Image.new("L", (4100, 3000)).save(folder / "bomb.png")
-    Image.new("I;16", (40, 30)).save(folder / "deep.png")
+    Image.new("L", (4100, 3000)).save(folder / "bomb.png"), Image.new("I;16", (40, 30)).save(folder / "deep.png")
     for name, length in (("empty.png", 0), ("text.jpg", 3), ("Thumbs.db", 3), ("cut.png", 300)):
         (folder / name).write_bytes(large.read_bytes()[:length])
     os.truncate(folder / "text.jpg", 3 if os.name == "nt" else 2**37)  # as large as no memory; it takes no disk
@@ -1013,11 +1012,12 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path, seen, new = tmp_path / "x.pt", [], f".x.pt.{os.getpid()}.tmp"
     path.write_text("good")
     monkeypatch.setattr(os, "fsync", lambda _: seen.append({p.name for p in tmp_path.iterdir()}))
-    for error, match in ((KeyboardInterrupt, None), ([PermissionError] * 3 + [PermissionError(13, "Held")], "Held")):
+    for error, match in ((KeyboardInterrupt, None), (OSError(28, "No space left"), "x.pt cannot be written .No space"),
+                         ([PermissionError] * 3 + [PermissionError(13, "Held")], "x.pt cannot be written .Held")):
         monkeypatch.setattr(os, "replace", Mock(side_effect=error))
         with pytest.raises((KeyboardInterrupt, UserError), match=match):
             common.write_whole(path, lambda file: file.write(b"worse"))
-    assert seen == 2 * [{"x.pt", new}] and path.read_text() == "good" and os.listdir(tmp_path) == ["x.pt"]
+    assert seen == 3 * [{"x.pt", new}] and path.read_text() == "good" and os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set_aside(market, trained, tmp_path, run):
@@ -1060,8 +1060,7 @@ def test_without_data_the_demo_set_is_drawn_once_and_whole(meanwhile, ends, peop
             draw(tmp_path / "Market-1501-demo", 5, 2)
         elif meanwhile == "Ctrl-C":
             raise KeyboardInterrupt
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "draw_market", drawn)
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(common, "draw_market", drawn)
     assert [call(par, "--stats") for _ in ends] == ends and asked == [(100, 6, {"seed": 0})]
     assert {p.name for p in tmp_path.iterdir()} == ({"Market-1501-demo", "par_stats.png"} if people else set())
     out = capsys.readouterr().out
@@ -1138,6 +1137,7 @@ ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine ha
 BROKEN_ARGUMENTS = f"""
 par --device {ABSENT}: finds no {ABSENT} device here: pass --device
 reid --eval T/reid.pt --prior 0: argument --prior: 0 is not a number from 1e-12 to 0.999999
+par --lr=-1e-3: -1e-3 is not a number from 1e-12
 par --size 0x64: 0x64 is not HEIGHTxWIDTH, each from 32 to 1024
 reid --threshold far: argument --threshold: invalid
 reid --init T/par.pt --eval T/reid.pt: not allowed with argument --init
@@ -1164,6 +1164,7 @@ reid --init T/par.pt --size 128x64: was trained with another --size than 128x64
 reid --init T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
 reid --data T/lonely --identities all: No triplet can be formed
 reid --data T/lonely --identities all --recipe strong: Nothing to learn: give two identities or more
+par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's: pass its --data
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
 par --eval N/none.pt: none.pt does not exist
 reid --eval T/reid.pt --recipe strong --without mirror: pass that too, and no --eval
@@ -1223,8 +1224,7 @@ def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_checkpoint(step, 
 def test_weights_that_cannot_be_had_and_processes_that_cannot_meet_are_told(tmp_path, monkeypatch, run):
     def ask(*_, **__):
         raise OSError(f"nobody answers within {socket.getdefaulttimeout()} seconds")
-    monkeypatch.setattr(torch.hub, "urlopen", ask)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", ask), monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     run(par, "--weights", "imagenet", error="within 20.0 seconds): pass --weights none to start from random weights")
     assert socket.getdefaulttimeout() is None
     (tmp_path / "o.last").touch()  # a run that resumes has its own
