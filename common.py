@@ -535,7 +535,7 @@ def load_last(out, checkpoint):
         return print(f"There is no {path} to resume: starting.")
     last = load_checkpoint(path, checkpoint["kind"])
     differ = [name for kind in ("fingerprints", "arguments") for name, value in record[kind].items()
-              if name not in ("data", "init", "out", "without", "prior", "hamming", "threshold", "rerank")
+              if name not in "data init out without prior hamming threshold rerank patience".split()
               and value != (had := last["record"][kind].get(name)) and (name != "device" or "mps" in (value, had))]
     if differ:
         name = differ[0].replace("rungs", "choice of --without")
@@ -671,7 +671,8 @@ def shared_flags(parser, epochs, lr, batch, out, rungs):
     add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
     add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, triplets or, stage 2 strong, "
         "fours of an identity (%s; strong: %s)" % batch)
-    add("--patience", type=number(int, 1), default=5, metavar="N", help="stop after N epochs without a better one (5)")
+    add("--patience", type=number(int, 1), default=(5, 999), metavar="N", help="stop after N epochs without a better "
+        "one (report: 5; strong: 999, as figures jump while its rate is high)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest)")
     add("--out", type=Path, default=Path(out), metavar="FILE", help="best checkpoint, pictures beside it (%(default)s)")
@@ -818,7 +819,6 @@ def write_picture(path, picture):
 
 def sheet(path, rows, height=256):
     """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
-
     A line is a text or a (text, colour); the longest are cut."""
     font, room, lines = ImageFont.load_default(14), 8, max(len(lines) for row in rows for _, lines, _ in row)
     width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])

@@ -274,7 +274,7 @@ def test_the_rate_rises_then_falls_and_muon_moves_along_the_nearest_orthogonal_m
     for script, flags, *own in ((par, w := "--weights=x ", 3e-4, 15, 32), (par, s := "--recipe=strong ", 2e-3, 10, 64),
                                 (par, s + w, 5e-4, 10, 64), (reid, w, 2e-5, 10, 32), (reid, s, 2e-3, 24, 32)):
         common.start(args := script.parser().parse_args(["--data", str(market), *flags.split()]))
-        assert [args.lr, args.epochs, args.batch, args.patience, args.warmup] == [*own, 5, 0.1]
+        assert [args.lr, args.epochs, args.batch, args.patience, args.warmup] == [*own, 999 if s in flags else 5, 0.1]
     rates = [common.learning_rate(step, 100, 3e-4, 0.1) for step in range(101)]
     assert [rates[k] for k in (0, 9, 55, 100)] == pytest.approx([3e-5, 3e-4, 1.5e-4, 0]) and rates[100] == 0
     assert max(rates) == pytest.approx(3e-4) and common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
@@ -1031,7 +1031,7 @@ def test_only_the_same_data_and_stage_1_are_resumed_and_another_runs_file_is_set
     common.save_checkpoint(out.with_suffix(".last"), last)
     run(par, *short_run(par, market, trained), out, "--resume", error="is of a run with another device")
     shutil.copy(trained.par.with_suffix(".last"), out.with_suffix(".last")), out.with_suffix(".png").touch()
-    assert "Going on after epoch 3." in run(par, *short_run(par, market, trained), out, "--resume")[0]
+    assert "Going on after epoch 3." in run(par, *short_run(par, market, trained), out, "--resume", "--patience", 9)[0]
     runs = [torch_load(path)["record"]["run"] for path in (out, tmp_path / "a.old.pt")]
     assert runs == [stage_1["record"]["run"], "another"] and (tmp_path / "a.old.png").exists()
     assert record_of(out)["arguments"]["out"] == str(out)  # as it was resumed
