@@ -538,7 +538,7 @@ def load_last(out, checkpoint):
               if name not in "data init out without prior hamming threshold rerank patience".split()
               and value != (had := last["record"][kind].get(name)) and (name != "device" or "mps" in (value, had))]
     if differ:
-        name = differ[0].replace("rungs", "choice of --without")
+        name = ([n for n in ("recipe", "stage 1", "rungs") if n in differ] + differ)[0].replace("rungs", "--without")
         raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")
     done, count = last["record"], last["record"]["processes"]  # what else a record says is of the part that begins
     record.update({k: done[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")})

@@ -753,9 +753,8 @@ def test_search_ranks_by_distance_and_finding_by_the_product_of_probabilities(tr
     for q, name in enumerate(names):
         for k, row in enumerate(table_of(out, f"Nearest to {folder / name}", 4), 1):
             g, d = names.index(Path(row[-1]).name), float(row[1])
-            assert row[0] == str(k) and int(row[4]) == alike[q, g] and g != q
-            assert d == pytest.approx(distances[q, g].item(), abs=0.002)
-            assert d == pytest.approx(distances[q].sort()[0][k].item(), abs=0.002)  # 0 is the query itself
+            assert row[0] == str(k) and int(row[4]) == alike[q, g] and g != q  # which comes first
+            assert (d, d) == pytest.approx((distances[q, g].item(), distances[q].sort()[0][k].item()), abs=0.002)
             assert float(row[2]) == pytest.approx(100 * sure(d), abs=0.2)
     out, err = run(reid, *arguments, 3, "--search", market / "query" / names[3])
     assert table_of(out)[0][3:] == ["%", "12", "of", "12", str(folder / names[3])]  # a copy of the query
@@ -932,7 +931,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market,
     with monkeypatch.context() as patch:
         before_call(patch, owner, name, at)
         run(module, *arguments, out, code=130, error=f"{script}.py: stopped; the same command with --resume goes on")
-    run(module, *arguments, out, "--seed", 1, "--resume", error="cut.last is of a run with another seed: resume with")
+    for flags, name in ((["--seed", 1], "seed"), (["--seed", 1, "--recipe", "strong"], "recipe")):
+        run(module, *arguments, out, *flags, "--resume", error=f"cut.last is of a run with another {name}: resume with")
     monkeypatch.chdir(market)
     relative = [os.path.relpath(a) if isinstance(a, Path) else a for a in (*arguments, out)]  # the same, spelled anew
     assert "Going on after epoch " in run(module, *relative, "--resume")[0]
