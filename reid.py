@@ -722,7 +722,7 @@ def parser():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_argument_group("start from stage 1, or score").add_mutually_exclusive_group().add_argument
-    either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py's: its split, size, stride")
+    either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py's, its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
     add = parser.add_argument_group("to train").add_argument
     add("--identities", choices=("train", "all"), default="train", help="all: validates on none, keeps the last epoch")
