@@ -342,7 +342,7 @@ def distance_histograms(query, gallery=None, bins=1000):
 
 
 def same_person(curve, prior=None):
-    """P(same person) of distances: -> (function of float arrays, the distance where it is 50 %, the share of matches
+    """P(same person) of distances: -> (function of float arrays, up to where it is 50 % or more, the share of matches
     among all pairs that it holds for: the curve's own, or `prior`, which shifts the log-odds).
 
     curve: as from `distance_histograms`. The odds of its bins must fall with the distance: bins where they do not are
@@ -360,7 +360,7 @@ def same_person(curve, prior=None):
     log_odds = np.log(matches / others * share / (1 - share) / odds)
     falling = np.interp(edges, total / (matches + others), log_odds)
     return (lambda distances: 1 / (1 + np.exp(-np.interp(distances, edges, falling))),
-            float(np.interp(0, falling[::-1], edges[::-1], left=0)), float(share))
+            float(np.interp(0, falling[::-1], edges[::-1])), float(share))
 
 
 def show_calibration(title, curve, found, prior):
@@ -461,7 +461,7 @@ def train(args, record, stage_1, market, split):
             draw_distances(args.out.with_suffix(".png"), curve, args.prior)
         record["final"] |= {"validation": results, "threshold": threshold, "hamming": hamming,
                             "same person": {"distance": half, "share of matches": share}}
-        print(f"same person: 50 % at a distance of {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match")
+        print(f"same person: 50 % or more up to {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match")
     common.write_record(args.out, record)
     common.say_seconds(record["seconds"])
     return record["final"].get("validation")
@@ -683,7 +683,7 @@ def search(args, networks, checkpoint, seconds):
                                     *((text, OTHER) for text in differ)], colour))
         header = ["rank", "distance", "same person", "same attributes", "file"]
         common.table(f"Nearest to {query} of {len(distances)} images", header, lines)
-    print(f"\nSame person: 50 % at a distance of {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match, "
+    print(f"\nSame person: 50 % or more up to {half:.3f} (0: at none), if {100 * share:.3g} % of all pairs match, "
           f"as {'--prior says' if args.prior else 'on validation'}." if curve else "\nSame person: cannot be said, as "
           f"{args.eval} was trained on all identities, which leaves no crops to learn it from.")
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)

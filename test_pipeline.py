@@ -482,8 +482,7 @@ def in_sevens(queries, columns):
 def dense_reranking(query, gallery, k1, k2, part):
     """k-reciprocal re-ranking as Zhong et al. (2017) write it, with matrices of all pairs and Python's sets."""
     x = np.concatenate([query, gallery]).astype(np.float64)
-    d = ((x[:, None] - x) ** 2).sum(2)
-    d /= d.max(1, keepdims=True)
+    d = (d := ((x[:, None] - x) ** 2).sum(2)) / d.max(1, keepdims=True)
     order, v = d.argsort(1), np.zeros_like(d)
 
     def reciprocal(i, k):
@@ -607,6 +606,7 @@ def test_probability_of_the_same_person_is_the_share_that_falls_with_the_distanc
             None, 1e-12, 0.5, 1 - 1e-6)):  # three bins of matches, three of others
         p, half, share = reid.same_person(curve_of(*([int(n) for n in counts] for counts in few.split())), prior)
         p = p(np.linspace(0, 2, 9))
+        assert half == np.clip(half, 2 * (p[-1] > 0.5), 2 * (p[0] >= 0.5))  # where all, or none, are above: an end
         assert ((p > 0) & (p < 1)).all() and (np.diff(p) <= 1e-15).all() and 0 <= half <= 2 and 0 <= share <= 1
 
 
