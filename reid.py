@@ -188,7 +188,7 @@ def rank_metrics(distances, query_ids, query_cameras, gallery_ids, gallery_camer
     (Ye et al. 2021): matches / rank of the last match. Of the returned lists: length, precision and recall."""
     scores = [rank_queries(distances[rows], query_ids[rows], query_cameras[rows], gallery_ids, gallery_cameras,
                            None if keep is None else keep[rows], cross_camera) for rows in chunk_rows(*distances.shape)]
-    return mean_metrics(torch.cat(scores, 1))
+    return mean_metrics(torch.cat(scores or [distances.new_empty(len(METRICS), 0)], 1))
 
 
 def chunk_rows(queries, columns):

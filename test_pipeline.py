@@ -546,9 +546,9 @@ def test_rank_metrics_equal_brute_force(seed, kind, monkeypatch):
             assert reid.rank_metrics(distances, *sides, keep, cross_camera) == pytest.approx(
                 brute_force(distances, *sides, keep, cross_camera), abs=1e-9)
     assert torch.equal(distances, before)
-    for value, camera, sentence in ((0.0, 1, "No query has a match"), (math.nan, 2, "Distances are NaN")):
-        with pytest.raises(UserError, match=sentence):  # its own camera's alone
-            reid.rank_metrics(torch.tensor([[value]]), one, one, one, torch.tensor([camera]))
+    for row, camera, said in (([0], 1, no := "No query has a match"), ([], 2, no), ([np.nan], 2, "Distances are NaN")):
+        with pytest.raises(UserError, match=said):  # its own camera's alone, or there is no query
+            reid.rank_metrics(torch.tensor(row)[:, None], one[:len(row)], one[:len(row)], one, torch.tensor([camera]))
 
 
 def test_validation_ranks_thresholds_and_counts_all_pairs(monkeypatch):
