@@ -591,9 +591,8 @@ INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row pe
 def embed_files(args, networks, checkpoint, seconds, path=None):
     """Embed an image, or all in a folder (--gallery), in blocks, in bounded memory: -> dict of the INDEX arrays.
 
-    log_p is [N, 0] where no attributes are predicted. With --embed these are an index, saved there, whose names are
-    relative to its folder, unless on another drive, so that they can be moved together. What it holds already, of a run
-    that was cut off or an earlier one, is not embedded anew where name, size and time are still the same."""
+    log_p is [N, 0] where no attributes are predicted. With --embed all is saved there, an index: names relative to its
+    folder, unless on another drive, so that both can be moved; rows of one name, size and time are not made anew."""
     facts, known, block, home = {}, {}, BLOCK * common.processes()[1], args.embed and args.embed.parent.resolve()
     for file in common.user_files([path or args.gallery]):
         own, stat = file.parent.resolve() / file.name if home else file, file.stat()
@@ -601,6 +600,8 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
         facts[file] = name, stat.st_size, stat.st_mtime_ns
     if args.embed and args.embed.exists():
         known = {row[:3]: row[3:] for row in zip(*load_index(args.embed, checkpoint, seconds).values())}
+        if (own := {v[0] for k, v in facts.items() if k.suffix != ".npz"}) and own.isdisjoint(k[0] for k in known):
+            raise UserError(f"{args.embed} names none of the files in {args.gallery}: give another name.")
     new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
     for done in range(0, max(1, len(new)), block):
         with common.timed(seconds, "reading"):
@@ -621,7 +622,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
             arrays = {"checkpoint": fingerprint(checkpoint)} | {f"gallery_{k}": v for k, v in index.items()}
             common.write_whole(args.embed, lambda file: np.savez(file, **arrays))
             print("{}: {} gallery embeddings of {} dimensions".format(args.embed, *index["features"].shape)
-                  + f"; {len(known) - len(rows)} that it had have gone" * (len(known) > len(rows)), flush=True)
+                  + f"; dropped {len(known) - len(rows)} out of date" * (len(known) > len(rows)), flush=True)
     return index
 
 
