@@ -633,7 +633,7 @@ def load_index(path, checkpoint, seconds):
             index, origin = {k: file[f"gallery_{k}"] for k in INDEX}, file["checkpoint"].tolist()
     except Exception as error:  # NumPy and zip raise a dozen types on a damaged file, and on another's
         reason = f"is not a readable index ({type(error).__name__})" if path.exists() else "does not exist"
-        raise UserError(f"{path} {reason}: --embed a --gallery, to a new name.") from None
+        raise UserError(f"{path} {reason}: write one by --embed NEW.npz --gallery FOLDER.") from None
     if origin != [*map(str, fingerprint(checkpoint))]:
         raise UserError(f"{path} is an index of another checkpoint's embeddings: write one of this, to a new name.")
     return index

@@ -1153,7 +1153,7 @@ reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to sear
 reid --eval T/reid.pt --gallery N --find a=b: name one of these attributes: age, gender, hair
 reid --eval T/reid.pt --gallery N --find gender=male hat=no hat=yes: --find hat=no: name one class of hat: no, yes
 reid --eval N/without.pt --gallery N --find hat=no: without.pt predicts no attributes to find by
-reid --eval T/reid.pt --gallery N --embed N/cut.npz: is not a readable index (BadZipFile): --embed a --gallery
+reid --eval T/reid.pt --gallery N --embed N/cut.npz: is not a readable index (BadZipFile): write one by --embed NEW
 reid --eval T/reid.pt --gallery N --embed N/x.npz: No image could be read from
 reid --eval T/reid.pt --embed T/reid.pt: give one that ends in .npz
 par --stats --out N/text/x.pt: par_stats.png cannot be written
