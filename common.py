@@ -682,8 +682,8 @@ def shared_flags(parser, epochs, lr, batch, out, rungs):
 def start(args, source=None, checkpoint=None, data=True):
     """Settle what --recipe, --device, --size, --data and --weights leave open, say so, begin the run's record: -> that
     dict. A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
-    if not args.out.name:
-        raise UserError(f"--out {args.out} is no name for a file.")
+    if args.out.suffix != ".pt":
+        raise UserError(f"--out {args.out} is no name for a checkpoint: give one that ends in .pt.")
     if args.without and (args.recipe == "report" or args.eval):
         raise UserError("--without leaves steps out of training by --recipe strong: pass that too, and no --eval.")
     args.rungs = [rung for rung in args.rungs if args.recipe == "strong" and rung not in args.without]
