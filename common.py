@@ -369,8 +369,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     validate    () -> dict of figures; the first decides which epoch is best (without any, the last) and when to stop
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
-    AdamW; of the strong recipe Muon for filters, but for grouped ones, many matrices each. Items that fill no batch are
-    left out. Of several processes each takes its slice of every batch, and gradients are summed: all hold the same
+    AdamW; in the strong recipe Muon for all filters but grouped ones, which are many matrices. Items that fill no batch
+    are left out. Of several processes each takes its slice of every batch, and gradients are summed: all hold the same
     weights. After each epoch args.out, with the ending .last, holds all that --resume needs. Returns the record."""
     device, out, (rank, world) = next(model.parameters()).device, args.out, processes()
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
@@ -410,7 +410,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
         return loss.detach()
 
-    run_step, best = graphed(step) if cuda and world == 1 else step, None  # of one that waits for others: never tried
+    run_step, best = graphed(step) if cuda and world == 1 else step, None  # untried: a graph that waits for others
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
         for optimizer, moments in zip(optimizers, last["moments"], strict=True):
@@ -444,7 +444,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             items, warped = (part[k * batch:(k + 1) * batch].tensor_split(world)[rank].transpose(0, 1)
                              for part in (rows, warp))  # [k, B], [k, B, 2, 5]
             losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items)
-            # Only here does the host wait for a GPU with the crops: after an epoch, or twice a second if one watches.
+            # Only here does the host wait for a GPU that holds the crops: after an epoch, or twice a second if watched.
             if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
                 done, shown = losses[:k + 1].cpu(), time.perf_counter()
                 if not done.isfinite().all():
@@ -660,9 +660,9 @@ def image_size(text):
 def shared_flags(parser, epochs, lr, batch, out, rungs):
     """Add the flags of both scripts; tuples: defaults of the report, of strong, of strong from pretrained weights."""
     parser.set_defaults(rungs=rungs)
-    add = parser.add_argument_group("data, training and output").add_argument
+    add = parser.add_argument_group("data, training and output (defaults in brackets)").add_argument
     add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
-    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="leave out: " + ", ".join(rungs))
+    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="strong without: " + ", ".join(rungs))
     add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
     add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
     add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
@@ -761,7 +761,7 @@ def run(main, parser):
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
     "triton" in sys.modules or gc.freeze()  # not to look at all imports again at the end; Triton tells them as leaked
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no crop of a person
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow: 90 million pixels are no crop of a person
     try:
         quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
         with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):

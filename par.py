@@ -327,8 +327,8 @@ def parser():
     instead("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
     add = parser.add_argument_group("with --eval").add_argument
     add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
-    add("--sheet", action="store_true", help="with --predict: draw the images with their attributes, par_sheet.png")
-    add("--maps", action="store_true", help="with --predict: draw where each attribute comes from, par_maps.png")
+    add("--sheet", action="store_true", help="with --predict: draw the first 60 with their attributes, par_sheet.png")
+    add("--maps", action="store_true", help="with --predict: draw where those of the first 20 come from, par_maps.png")
     common.shared_flags(parser, (15, 10), (3e-4, 2e-3, 5e-4), (32, 64), "par_best.pt", RUNGS)
     return parser
 

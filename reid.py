@@ -725,22 +725,22 @@ def parser():
     either = parser.add_argument_group("start from stage 1, or score").add_mutually_exclusive_group().add_argument
     either("--init", type=Path, metavar="FILE", help="train from this checkpoint of par.py's, its split and size")
     either("--eval", type=Path, metavar="FILE", help="score this checkpoint of reid.py instead of training")
-    add = parser.add_argument_group("to train").add_argument
+    add = parser.add_argument_group("to train (--margin and below: by the report's recipe)").add_argument
     add("--identities", choices=("train", "all"), default="train", help="all: validates on none, keeps the last epoch")
     add("--compare", action="store_true", help="train with and without --init: table 1")
     # The report gives no margin, of squared distances. Of 1, 10 and 40, 10 had the highest validation mAP (README): a
     # small one leaves few triplets a loss, a large one pushes on what is apart already.
-    add("--margin", type=common.number(float, 0), default=10.0, metavar="M", help="of the report's loss (10)")
-    add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="of the report's embedding (120)")
-    add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="of colour histograms, report's (100)")
-    add("--negatives", choices=("cluster", "random"), default="cluster", help="report's: of the same cluster, or any")
+    add("--margin", type=common.number(float, 0), default=10.0, metavar="M", help="of the triplet loss (10)")
+    add("--dim", type=common.number(int, 1, 4096), default=120, metavar="N", help="dimensions of the embedding (120)")
+    add("--clusters", type=common.number(int, 1), default=100, metavar="N", help="by colour, for negatives (100)")
+    add("--negatives", choices=("cluster", "random"), default="cluster", help="of the anchor's cluster, or any")
     add = parser.add_argument_group("to rank").add_argument
     add("--rerank", action="store_true", help="a row for k-reciprocal re-ranking in the tables; --search has none")
     add("--hamming", type=common.number(int, 0, 12), metavar="K", help="attributes that may differ (validation's best)")
     add("--threshold", type=common.number(float, 0, word="mean"), default="mean", metavar="T",
         help="distance below which crops are returned (mean: of all pairs, report section 4.2.1)")
     add("--prior", type=common.number(float, 1e-12, 1 - 1e-6), metavar="P", help="share of matches among all pairs, "
-        "for the probability of the same person (that of the validation crops)")
+        "for the probability of the same person: 10 among 10,000 are 0.001 (that of the validation crops)")
     group = parser.add_argument_group("with --eval")
     add, only = group.add_argument, group.add_mutually_exclusive_group().add_argument
     only("--embed", type=Path, metavar="F.npz", help="write embeddings of the test set, or of --gallery: an index")
@@ -748,7 +748,7 @@ def parser():
     only("--search", type=Path, metavar="QUERY", help="find who is nearest to this image, or to each in this folder")
     only("--find", nargs="+", metavar="WORD", help="find by attributes: hat=no upcolor=red")
     add("--gallery", type=Path, metavar="FOLDER", help="of images to --embed or to search; or F.npz, to search")
-    add("--top", type=common.number(int, 1), default=10, metavar="K", help="list the first K (10)")
+    add("--top", type=common.number(int, 1), default=10, metavar="K", help="list K (10); draw 10 a query, 50 by --find")
     common.shared_flags(parser, (10, 24), (2e-5, 2e-3, 2e-3), (32, 32), "reid_best.pt", RUNGS)
     return parser
 
