@@ -594,15 +594,15 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
     log_p is [N, 0] where no attributes are predicted. With --embed all is saved there, an index: names relative to its
     folder, unless on another drive, so that both can be moved; rows of one name, size and time are not made anew."""
     facts, known, block, home = {}, {}, BLOCK * common.processes()[1], args.embed and args.embed.parent.resolve()
-    for file in common.user_files([path or args.gallery]):
+    for file in (f for f in common.user_files([path or args.gallery]) if f.suffix != ".npz"):  # other indices
         own, stat = file.parent.resolve() / file.name if home else file, file.stat()
         name = Path(os.path.relpath(own, home)).as_posix() if home and own.drive == home.drive else str(own)
         facts[file] = name, stat.st_size, stat.st_mtime_ns
     if args.embed and args.embed.exists():
         known = {row[:3]: row[3:] for row in zip(*load_index(args.embed, checkpoint, seconds).values())}
-        if (own := {v[0] for k, v in facts.items() if k.suffix != ".npz"}) and own.isdisjoint(k[0] for k in known):
+        if facts and {name for name, *_ in facts.values()}.isdisjoint(name for name, *_ in known):
             raise UserError(f"{args.embed} names none of the files in {args.gallery}: give another name.")
-    new = [file for file, fact in facts.items() if fact not in known and file.suffix != ".npz"]
+    new = [file for file, fact in facts.items() if fact not in known]
     for done in range(0, max(1, len(new)), block):
         with common.timed(seconds, "reading"):
             images, read = common.read_crops(new[done:done + block], args.size, skip=True)

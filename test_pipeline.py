@@ -482,7 +482,8 @@ def in_sevens(queries, columns):
 def dense_reranking(query, gallery, k1, k2, part):
     """k-reciprocal re-ranking as Zhong et al. (2017) write it, with matrices of all pairs and Python's sets."""
     x = np.concatenate([query, gallery]).astype(np.float64)
-    d = (d := ((x[:, None] - x) ** 2).sum(2)) / d.max(1, keepdims=True)
+    d = ((x[:, None] - x) ** 2).sum(2)
+    d /= d.max(1, keepdims=True)
     order, v = d.argsort(1), np.zeros_like(d)
 
     def reciprocal(i, k):
@@ -723,8 +724,7 @@ def test_stage_2_exports_scores_and_shows_the_test_set_and_needs_no_annotations(
     q, ids, cameras, g, theirs, seen = sides
     expected = brute_force(torch.cdist(q, g), ids, cameras, theirs, seen, None, True)["mAP"]
     assert table_of(out, ", test set, ")[0][:2] == ["none", f"{100 * expected:.2f}"]
-    # What is promised of each pair of the test set, and whether it matches.
-    same = ids[:, None] == theirs
+    same = ids[:, None] == theirs  # what is promised of each pair of the test set, and whether it matches
     pairs = (theirs >= 0) & ~(same & (cameras[:, None] == seen))
     for prior, out in ((None, out), (0.3, run(reid, *command, "--prior", 0.3)[0])):
         promised = reid.same_person(checkpoint["distances"], prior)[0](torch.cdist(q, g))
