@@ -922,9 +922,8 @@ def check_same_run(first, second):  # the same weights, moments, figures and sta
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("module, owner, name, at", [
-    (par, par, "attribute_loss", 6), (reid, reid, "triplet_loss", 6),
-    *((par, common, "write_whole", at) for at in (3, 4, 5, 6, 8, 9))])
+@pytest.mark.parametrize("module, owner, name, at", [(par, par, "attribute_loss", 6), (reid, reid, "triplet_loss", 6),
+                                                     *((par, common, "write_whole", at) for at in (3, 4, 5, 6, 8, 9))])
 def test_a_stopped_run_resumes_to_the_same_bits(module, owner, name, at, market, trained, tmp_path, monkeypatch, run):
     """Stopped by Ctrl-C in epoch 2, or between the three files that each epoch writes."""
     script, arguments, out = module.__name__, short_run(module, market, trained), tmp_path / "cut.pt"
@@ -986,11 +985,11 @@ def test_a_killed_run_resumes_to_the_same_bits(module, count, market, trained, t
         assert ("but not to the same bits as 2 processes." in again) == (count > 1)
 
 
-@pytest.mark.parametrize("case", ["--data nowhere: --data nowhere is not a folder", "--out FAILS.pt: One cannot go on"])
-def test_a_process_that_fails_ends_all_with_one_sentence(case, market):
-    words, sentence = case.split(": ")
-    _, err = start([par, "--data", market, *QUICK, *words.split()], torchrun=True).communicate(timeout=60)
-    assert err.count(f"par.py: {sentence}.") == 1 and "NCCL" not in err and 'common.py", line' not in err
+def test_a_process_that_fails_ends_all_with_one_sentence(market):
+    cases = ("--data", "nowhere", "--data nowhere is not a folder"), ("--out", "FAILS.pt", "One cannot go on")
+    for process, end in [(start([par, "--data", market, *QUICK, *own], torchrun=True), end) for *own, end in cases]:
+        _, err = process.communicate(timeout=60)
+        assert err.count(f"par.py: {end}.") == 1 and "NCCL" not in err and 'common.py", line' not in err
 
 
 def test_runs_of_one_name_do_not_mix_and_no_two_names_share_a_file(market, tmp_path, monkeypatch, run):
@@ -1042,10 +1041,11 @@ def test_as_a_user_runs_it_and_one_seed_gives_the_same_bits(market, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     pipe, terminal = subprocess.PIPE, getattr(os, "openpty", lambda: 2 * [subprocess.PIPE])()[1]  # of unknown width
     for module, err, *flags in ([par, pipe], [reid, terminal, "--init", "par_best.pt"]):
-        name = module.__name__
-        end = subprocess.run([sys.executable, HERE / f"{name}.py", *QUICK, *flags], stdout=pipe, stderr=err, text=True)
-        assert end.returncode == 0 and end.stdout.startswith("DEMO SET") and "\r" not in end.stdout + (end.stderr or "")
-        assert call(module, *QUICK, *flags, "--out", f"{name}.pt") == 0
+        name, flags = module.__name__, [*QUICK, *flags]
+        process = subprocess.Popen([sys.executable, HERE / f"{name}.py", *flags], stdout=pipe, stderr=err, text=True)
+        assert call(module, *flags, "--out", f"{name}.pt") == 0
+        out, said = process.communicate()
+        assert process.returncode == 0 and out.startswith("DEMO SET") and "\r" not in out + (said or "")
         check_same_run(Path(f"{name}_best.pt"), Path(f"{name}.pt"))
 
 
