@@ -655,7 +655,7 @@ def test_stage_1_scores_counts_and_compares_the_losses(trained, market, tmp_path
     (shutil.copytree(market, tmp_path / "copy") / "annotations_test.csv").unlink()
     out, unscored = (run(par, "--eval", trained.par, "--data", data)[0] for data in (market, tmp_path / "copy"))
     assert "No test crops are annotated, or all were trained on: not" in unscored
-    assert table_of(out, "60 test crops") == table_of(run(par, "--eval", trained.reid)[0], "60 test crops")
+    assert table_of(out, "60 test crops", 13) == table_of(run(par, "--eval", trained.reid)[0], "60 test crops", 13)
     assert "validation crops of 4 identities" in out and "60 test crops of 10 identities" in out
     data, rows = common.load_market(market, "train"), table_of(out, "validation crops")
     f1 = [100 * v for v in record_of(trained.par)["final"]["validation"]["f1"].values()]
