@@ -384,11 +384,10 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     def matrix(tensor):  # the same memory, a row per output: AdamW's fused kernel would copy what is channels-last
         return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).view(len(tensor), -1)
 
-    parameters = list(model.to(memory_format=layout(device)).parameters())
-    views = [matrix(p.detach()) for p in parameters]
+    views = {p: matrix(p.detach()) for p in model.to(memory_format=layout(device)).parameters()}
     rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
-    muon = {id(m.weight) for m in model.modules() if "muon" in args.rungs and isinstance(m, nn.Conv2d) and m.groups < 2}
-    others, filters = ([v for v, p in zip(views, parameters) if (id(p) in muon) == which] for which in (False, True))
+    muon = {m.weight for m in model.modules() if "muon" in args.rungs and isinstance(m, nn.Conv2d) and m.groups < 2}
+    others, filters = ([v for p, v in views.items() if (p in muon) == which] for which in (False, True))
     optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, {"lr": rate})] if filters else [])
     warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
 
@@ -398,10 +397,10 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             outputs = model(x)
         loss = criterion(outputs.float().unflatten(0, rows.shape), rows)
         (loss * share).backward()
-        for view, p in zip(views, parameters):
+        for p, view in views.items():
             view.grad, p.grad = None if p.grad is None else matrix(p.grad), None
         if world > 1:  # in one piece, as DistributedDataParallel would put gradients of its own in the place of these
-            parts = [view.grad for view in views if view.grad is not None]
+            parts = [view.grad for view in views.values() if view.grad is not None]
             total = add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
             [part.copy_(whole.view_as(part)) for part, whole in zip(parts, total)]
         for optimizer in optimizers:
