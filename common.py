@@ -399,10 +399,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         (loss * share).backward()
         for p, view in views.items():
             view.grad, p.grad = None if p.grad is None else matrix(p.grad), None
-        if world > 1:  # in one piece, as DistributedDataParallel would put gradients of its own in the place of these
+        if world > 1:  # in one piece: slices of the sum take the place of the gradients
             parts = [view.grad for view in views.values() if view.grad is not None]
-            total = add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-            [part.copy_(whole.view_as(part)) for part, whole in zip(parts, total)]
+            nn.utils.vector_to_parameters(add_up(nn.utils.parameters_to_vector(parts)), parts)
         for optimizer in optimizers:
             optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
             optimizer.step()
