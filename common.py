@@ -431,16 +431,15 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             raise UserError(f"A step has {batch} items, too few for two or more in each process ({world}): raise "
                             "--batch, take more crops or start fewer processes.")
         warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps if args.recipe == "strong" else {})
-        warp, rows = warp.view(*rows.shape, 2, 5).to(device), rows.to(device)
+        rows, warp = (part[:steps * batch].unflatten(0, (steps, batch)).tensor_split(world, 1)[rank].transpose(1, 2)
+                      .to(device) for part in (rows, warp.view(*rows.shape, 2, 5)))  # [steps, k, B], [..., 2, 5]
         losses = torch.zeros(steps, device=device)
         if world > 1:  # so that dropout differs from process to process, and is known to --resume
             torch.manual_seed(args.seed + epoch * world + rank)
         model.train()
         begin = shown = time.perf_counter()
-        for k in range(steps):
+        for k, items, warped in zip(range(steps), rows, warp):
             rate.fill_(lr := learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup))
-            items, warped = (part[k * batch:(k + 1) * batch].tensor_split(world)[rank].transpose(0, 1)
-                             for part in (rows, warp))  # [k, B], [k, B, 2, 5]
             losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items)
             # Only here does the host wait for a GPU that holds the crops: after an epoch, or twice a second if watched.
             if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
