@@ -86,21 +86,19 @@ def sample_triplets(person_ids, clusters, generator=None):
 
     # Images of one identity stand together in `by_id`, from `first`: step on within that block to another image.
     by_id, (first, size) = ids.argsort(stable=True), blocks(ids)
-    others = size - 1
     if n == 0 or size.max() < 2 or ids.max() == 0:
         raise UserError("No triplet can be formed: that takes two identities, one of them with two crops or more.")
-    step = 1 + (draw[0] * others).long().clamp(max=(others - 1).clamp(min=0))
-    positive = by_id[first + (by_id.argsort() - first + step) % size]
+    positive = by_id[first + (by_id.argsort() - first + 1 + (draw[0] * (size - 1)).long()) % size]
 
     def outside(clusters):  # sorted by cluster and then identity, what must not be drawn is again a block: jump over it
         group = clusters * (ids.max() + 1) + ids
         order, (own, own_size), (start, length) = group.argsort(stable=True), blocks(group), blocks(clusters)
         room = length - own_size
-        at = start + (draw[1] * room).long().clamp(max=(room - 1).clamp(min=0))
+        at = start + (draw[1] * room).long()
         return order[(at + own_size * (at >= own)).clamp(max=n - 1)], room > 0
 
     (near, exists), (far, _) = outside(clusters), outside(torch.zeros_like(ids))
-    triplets = torch.stack([torch.arange(n), positive, torch.where(exists, near, far)], 1)[others > 0]
+    triplets = torch.stack([torch.arange(n), positive, torch.where(exists, near, far)], 1)[size > 1]
     return triplets[torch.randperm(len(triplets), generator=generator)]
 
 
