@@ -390,10 +390,9 @@ def embed(networks, market, rows=slice(None)):
 def report_recipe(args, market, rows, state):
     """What [report] section 3.2 trains, with triplets from colour clusters: -> (network, plan, criterion) for `fit`."""
     ids, clusters = market.person_ids[rows], torch.zeros_like(rows)
-    sample_triplets(ids, clusters)  # that none can be formed is told at once
+    sample_triplets(ids, clusters, torch.Generator())  # that none can be formed is told at once
     if args.negatives == "cluster":
         clusters = cluster_histograms(market.images[rows], args.clusters, args.seed)
-    torch.manual_seed(args.seed)
     return (EmbeddingNet(args.dim, state, args.rungs), lambda random: rows[sample_triplets(ids, clusters, random)],
             lambda embeddings, _: triplet_loss(*embeddings, args.margin))
 
@@ -406,7 +405,6 @@ def strong_recipe(args, market, rows, state):
     weights, count = [w.to(args.device) for w in par.class_weights(market.labels[rows])], len(ids.unique())
     if count < 2 or not {"identity", "triplets", "attributes"} & set(args.rungs):
         raise UserError("Nothing to learn: give two identities or more; leave in identity, triplets or attributes.")
-    torch.manual_seed(args.seed)
     model = par.AttributeNet(state=state, head=args.head, identities=count, rungs=args.rungs)
 
     def criterion(outputs, rows):
@@ -427,6 +425,7 @@ def train(args, record, stage_1, market, split):
     rows, validation = (which.nonzero()[:, 0] for which in split)
     record, recipe = copy.deepcopy(record), strong_recipe if args.recipe == "strong" else report_recipe
     state = None if stage_1 else common.backbone_weights(args)
+    torch.manual_seed(args.seed)
     with common.timed(record["seconds"], "preparing"):
         model, plan, criterion = recipe(args, market, rows, state)
     seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)[:, 0]  # once a camera
