@@ -410,11 +410,9 @@ def strong_recipe(args, market, rows, state):
     def criterion(outputs, rows):
         logits, features, scores = outputs.flatten(0, 1).split([sum(SIZES), model.backbone.width, count], 1)
         who = identities[rows := rows.flatten()]
-        losses = {"identity": lambda: F.cross_entropy(scores, who),
-                  "triplets": lambda: hard_triplet_loss(features, who),
-                  "attributes": lambda: par.attribute_loss(
-                      logits.split(SIZES, 1), labels[rows], "wce", weights) / len(SIZES)}
-        return sum(loss() for name, loss in losses.items() if name in args.rungs)
+        losses = {"identity": F.cross_entropy(scores, who), "triplets": hard_triplet_loss(features, who),
+                  "attributes": par.attribute_loss(logits.split(SIZES, 1), labels[rows], "wce", weights) / len(SIZES)}
+        return sum(loss for name, loss in losses.items() if name in args.rungs)
 
     return model, lambda generator: rows[sample_groups(ids, generator=generator)], criterion
 
@@ -439,8 +437,6 @@ def train(args, record, stage_1, market, split):
     checkpoint = {"kind": "reid", "record": record, "stage 1": None if "attributes" in args.rungs else stage_1, **sides}
 
     def validate():
-        if not len(validation):
-            return {}
         embedded = embed((model, None), market, validation)
         across, everywhere = (score_selections(embedded, None, EVERY, cross)["none"] for cross in (True, False))
         checkpoint["distances"] = distance_histograms(embedded)
@@ -448,7 +444,7 @@ def train(args, record, stage_1, market, split):
 
     print(f"\nFrom {'stage 1' if stage_1 else f'weights {args.weights}'}: {len(rows)} training and {len(validation)} "
           "validation crops" + ", so that the last epoch is kept, whatever --patience" * (not len(validation)))
-    record = common.fit(model, market.images, plan, criterion, validate, args, checkpoint)
+    record = common.fit(model, market.images, plan, criterion, validate if len(validation) else dict, args, checkpoint)
     record["final"] = {"best epoch": record["best epoch"]}
     if len(validation):
         with common.timed(record["seconds"], "scoring"):
