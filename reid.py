@@ -10,8 +10,7 @@
     python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER|F.npz    who is it?
     python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER|F.npz    who looks like that?
 
-[report] is "Person Attributes Recognition and Re-Identification" by Caldarella, Pedeni and
-Trebucchi (University of Trento); tables and figures have its numbers.
+[report] is the one that common.py names; tables and figures have its numbers.
 """
 import argparse
 import copy
@@ -270,16 +269,13 @@ def rerank_chunks(query_features, gallery_features=None, k1=20, k2=6, lambda_val
     query = Crops(query_features)
     every = query if gallery_features is None else Crops(torch.cat([query_features, gallery_features]))
     features, n, half, k1 = every.features, len(every.features), round(k1 / 2) + 1, k1 + 1
-    numbers = torch.arange(n, device=features.device)
+    numbers, sets = torch.arange(n, device=features.device), []
     near, largest = numbers.new_zeros(n, min(max(k1, k2), n)), torch.zeros_like(features[:, 0])
     for rows, distances in distance_chunks(every, every):
         near[rows] = distances.topk(near.shape[1], largest=False).indices
         largest[rows] = distances.amax(1).square().clamp(min=1e-30)
-
-    def mutual(k):  # [N, k]: which of a crop's k nearest have it among their own
-        return torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in numbers.split(512)])
-
-    whole, halves, sets = mutual(k1), mutual(half), []
+    whole, halves = (torch.cat([(near[near[i, :k], :k] == i[:, None, None]).any(2) for i in numbers.split(512)])
+                     for k in (k1, half))  # [N, k]: which of a crop's k nearest have it among their own
     for i in numbers.split(512):
         own, theirs = torch.where(whole[i], near[i, :k1], n), near[near[i, :k1], :half]  # [C, k1], [C, k1, half]
         theirs = torch.where(halves[near[i, :k1]] & whole[i][:, :, None], theirs, n)  # n: no crop
@@ -783,9 +779,8 @@ def main(args):
         plain = train(own, record | {"fingerprints": record["fingerprints"] | {"stage 1": None}}, None, market, split)
     results = train(args, record, checkpoint, market, split)
     if args.compare:
-        common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"],
-                     [[protocol, 100 * plain[protocol]["none"]["mAP"], 100 * results[protocol]["none"]["mAP"]]
-                      for protocol in results])
+        common.table("Table 1: mAP (%)", ["protocol", "without transfer", "with transfer"], [
+            [protocol, *(100 * run[protocol]["none"]["mAP"] for run in (plain, results))] for protocol in results])
 
 
 if __name__ == "__main__":
