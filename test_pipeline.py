@@ -1242,7 +1242,7 @@ def test_weights_that_cannot_be_had_and_processes_that_cannot_meet_are_told(tmp_
 if __name__ == "__main__":  # as `start` starts it
     common.infer.__defaults__, reid.chunk_rows, words = (None, 8 * 32 * 32), in_sevens, sys.argv[1:]
     if "FAILS.pt" in words and os.environ["RANK"] == "1":
-        par.attribute_loss = Mock(side_effect=UserError("One cannot go on."))
+        par.attribute_loss, time.sleep = Mock(side_effect=UserError("One cannot go on.")), Mock()  # it says so at once
     while words:
         sys.argv, words = [f"{words[0]}.py", *words[1:words.index("then")]], words[words.index("then") + 1:]
         script = {"par.py": par, "reid.py": reid}[sys.argv[0]]
