@@ -406,9 +406,11 @@ def strong_recipe(args, market, rows, state):
     def criterion(outputs, rows):
         logits, features, scores = outputs.flatten(0, 1).split([sum(SIZES), model.backbone.width, count], 1)
         who = identities[rows := rows.flatten()]
-        losses = {"identity": F.cross_entropy(scores, who), "triplets": hard_triplet_loss(features, who),
-                  "attributes": par.attribute_loss(logits.split(SIZES, 1), labels[rows], "wce", weights) / len(SIZES)}
-        return sum(loss for name, loss in losses.items() if name in args.rungs)
+        losses = {"identity": lambda: F.cross_entropy(scores, who),
+                  "triplets": lambda: hard_triplet_loss(features, who),
+                  "attributes": lambda: par.attribute_loss(
+                      logits.split(SIZES, 1), labels[rows], "wce", weights) / len(SIZES)}
+        return sum(loss() for name, loss in losses.items() if name in args.rungs)
 
     return model, lambda generator: rows[sample_groups(ids, generator=generator)], criterion
 
