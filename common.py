@@ -14,7 +14,6 @@ import ctypes
 import gc
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -385,13 +384,12 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).view(len(tensor), -1)
 
     views = {p: matrix(p.detach()) for p in model.to(memory_format=layout(device)).parameters()}
-    rate = torch.zeros((), device=device if cuda else "cpu")  # a tensor, as a graph reads it anew from its memory
     muon = {m.weight for m in model.modules() if "muon" in args.rungs and isinstance(m, nn.Conv2d) and m.groups < 2}
     others, filters = ([v for p, v in views.items() if (p in muon) == which] for which in (False, True))
-    optimizers = [torch.optim.AdamW(others, lr=rate, fused=True)] + ([Muon(filters, {"lr": rate})] if filters else [])
+    optimizers = [torch.optim.AdamW(others, lr=args.lr, fused=True)] + ([Muon(filters, {"lr": args.lr})] if filters else [])
     warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
 
-    def step(pixels, warp, rows):
+    def step(pixels, warp, rows, lr):
         x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
         with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
             outputs = model(x)
@@ -403,12 +401,12 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             parts = [view.grad for view in views.values() if view.grad is not None]
             nn.utils.vector_to_parameters(add_up(nn.utils.parameters_to_vector(parts)), parts)
         for optimizer in optimizers:
-            optimizer.param_groups[0].update(lr=rate, capturable=cuda and torch.cuda.is_current_stream_capturing())
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-            optimizer.zero_grad()  # before the next forward pass, so that the next gradients get the same memory
+            optimizer.zero_grad()
         return loss.detach()
 
-    run_step, best = graphed(step) if cuda and world == 1 else step, None  # untried: a graph that waits for others
+    best = None
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
         for optimizer, moments in zip(optimizers, last["moments"], strict=True):
@@ -439,8 +437,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         model.train()
         begin = shown = time.perf_counter()
         for k, items, warped in zip(range(steps), rows, warp):
-            rate.fill_(lr := learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup))
-            losses[k] = run_step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items)
+            lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
+            losses[k] = step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items, lr)
             # Only here does the host wait for a GPU that holds the crops: after an epoch, or twice a second if watched.
             if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
                 done, shown = losses[:k + 1].cpu(), time.perf_counter()
@@ -480,27 +478,6 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
               + "  *" * (record["best epoch"] == epoch and bool(figures)), flush=True)
     model.load_state_dict(best["model"])
     return record
-
-
-def graphed(step, warmup=3):
-    """The same step for CUDA, where it takes less time than launching its thousand kernels: the first run as they are,
-    while cuDNN and AdamW make ready; one is recorded as a graph, which it and all later replay on new values."""
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())  # for good: the default stream cannot be recorded
-    calls, graph, inputs, losses = itertools.count(), torch.cuda.CUDAGraph(), [], []
-
-    def run_step(*values):
-        if (call := next(calls)) < warmup:
-            return step(*values)
-        if call == warmup:
-            inputs.extend(v.clone() for v in values)
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                losses.append(step(*inputs))
-        [kept.copy_(value) for kept, value in zip(inputs, values)]
-        graph.replay()
-        return losses[0]
-
-    return run_step
 
 
 def progress(text):
