@@ -280,7 +280,7 @@ def test_the_rate_rises_then_falls_and_muon_moves_along_the_nearest_orthogonal_m
     assert max(rates) == pytest.approx(3e-4) and common.learning_rate(0, 10, 1.0, 0) == pytest.approx(1)
     start, *gradients = torch.randn(8, 40, 90, generator=seeded())
     matrix, momentum = start.clone().requires_grad_(), torch.zeros(40, 90)
-    optimizer = common.Muon([matrix], {"lr": 0.002})
+    optimizer = common.Muon([matrix], 0.002)
     for gradient in gradients:
         before, matrix.grad = matrix.detach().clone(), gradient.clone()
         optimizer.step()
