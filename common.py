@@ -23,7 +23,6 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,6 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlug
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
-from torchvision.transforms.v2.functional import resize
 
 gc.enable()
 
@@ -145,45 +143,54 @@ def read_annotations(root, half):
 
 
 def read_crops(paths, size, skip=False):
-    """Decode image files in threads: -> (uint8 [N, 3, H, W], the paths of these). JPEGs go to torchvision's decoder up
-    to 512 a call, where it is fastest; large ones, to save memory, few, and 64 MB of a file at most. What cannot be
-    read is a UserError or, with skip, named on stderr and left out."""
-    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8, memory_format=torch.channels_last)
-    sizes = {path: min(path.stat().st_size, 2**26) for path in paths if path.exists()}
-    count, failed = max(1, 2**22 // max([2**13, *sizes.values()])), {}
+    """Decode image files in threads: -> (uint8 [N, 3, H, W], channels last in memory, the paths of these).
 
-    def read(start):
-        decoded = batch = paths[start:start + count]
-        with contextlib.suppress(RuntimeError, OSError, AttributeError):  # else one by one, which says what is wrong
-            files = [torch.from_numpy(np.fromfile(path, np.uint8, sizes.get(path, 0))) for path in batch]
-            decoded = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
-        for i, crop in enumerate(decoded, start):
-            try:
-                crop = read_image(crop) if decoded is batch else crop
-                crops[i] = crop if crop.shape[1:] == size else resize(crop, list(size), antialias=True)
-            except UserError as error:
-                if not skip:
-                    raise
-                failed[i] = "Skipped: " + " ".join(str(error).splitlines())  # a file's name can hold a newline
+    Crops of another size than `size`, (height, width), are resized, with antialiasing. What cannot be read is a
+    UserError or, with skip, named on stderr and left out."""
+    crops = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
+    pixels = crops.numpy()  # the same memory
+    height, width = size
 
+    def read(row):
+        try:
+            image = read_image(paths[row])
+        except UserError as error:
+            if not skip:
+                raise
+            return str(error)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels[row] = image
+        return None
+
+    good = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for k, _ in enumerate(pool.map(read, range(0, len(paths), count)), 1):
-            progress(f"reading {k * count} of {len(paths)}" * (k * count < len(paths)))
-    for i in sorted(failed):
-        print(failed[i], file=sys.stderr)
-    good = [i for i in range(len(paths)) if i not in failed]
-    return crops[good] if failed else crops, [paths[i] for i in good]
+        for row, failure in enumerate(pool.map(read, range(len(paths)))):
+            if failure is None:
+                good.append(row)
+            else:
+                print(f"Skipped: {' '.join(failure.splitlines())}", file=sys.stderr)
+            if row % 1000 == 999:
+                progress(f"reading {row + 1} of {len(paths)}")
+    progress("")
+    if len(good) < len(paths):
+        crops = crops[good]
+    return crops.permute(0, 3, 1, 2), [paths[row] for row in good]
 
 
 def read_image(path):
-    """Read an image of any format that Pillow knows: uint8 [3, h, w], upright, transparency laid on white."""
+    """Read an image of any format that Pillow knows: -> Pillow image, RGB, upright, transparency laid on white."""
     try:
         with Image.open(path) as image:
-            if (own := image.info.get("Software") == SOFTWARE) or image.mode[0] in "IF":
-                raise ValueError("drawn by these scripts" if own else "more than 8 bits a channel")
+            if image.info.get("Software") == SOFTWARE:
+                raise ValueError("drawn by these scripts")
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
@@ -754,7 +761,6 @@ def run(main, parser):
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
     "triton" in sys.modules or gc.freeze()  # not to look at all imports again at the end; Triton tells them as leaked
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow: 90 million pixels are no crop of a person
     try:
         quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
         with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):
