@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import copy
 import ctypes
-import gc
 import hashlib
 import io
 import json
@@ -32,15 +31,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-
-gc.disable()  # torchvision imports PyTorch's compiler: half a million objects to stay, none of them garbage
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
-
-gc.enable()
 
 # Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
 # class of both colours, "multi", is the report's own (section 2): an identity with no single colour flagged.
@@ -759,7 +754,6 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
-    "triton" in sys.modules or gc.freeze()  # not to look at all imports again at the end; Triton tells them as leaked
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     try:
         quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
