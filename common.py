@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet18_Weights, resnet18
 
 # Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
@@ -367,16 +367,27 @@ def infer(model, crops, rows=None, pixels=512 * 128 * 64):
     batch, device = max(1, pixels // crops[0, 0].numel()), next(model.parameters()).device
     rows = torch.arange(len(crops)) if rows is None else rows
     parts = rows.split(batch)
-    rank, world = processes() if len(parts) >= processes()[1] else (0, 1)
-    first, end = (k * len(parts) // world for k in (rank, rank + 1))  # whole batches: figures do not depend on `world`
     model.to(memory_format=layout(device)).eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-        output = torch.cat([model(crops[part].to(device)) for part in parts[first:end]]).float()
-        if world > 1:
-            output = add_up(F.pad(output, (0, 0, first * batch, len(rows) - first * batch - len(output))))
+        output = torch.cat([model(crops[part].to(device)) for part in parts]).float()
     if not output.isfinite().all():
         raise UserError("The network's output holds NaN or infinity: its training diverged. Train with a lower --lr.")
     return output
+
+
+class TrainingStep(nn.Module):
+    """A model's forward pass and its loss in one module, so that DistributedDataParallel sees all that is trained."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, crops, rows):
+        device = crops.device
+        with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
+            outputs = self.model(crops)
+        return self.loss(outputs.float().unflatten(0, rows.shape), rows)
 
 
 def fit(model, crops, plan, criterion, validate, args, checkpoint):
@@ -390,8 +401,8 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
 
     AdamW; in the strong recipe Muon for all filters but grouped ones, which are many matrices. Items that fill no batch
-    are left out. Of several processes each takes its slice of every batch, and gradients are summed: all hold the same
-    weights. After each epoch args.out, with the ending .last, holds all that --resume needs. Returns the record."""
+    are left out. Of several processes each takes its slice of every batch, and DistributedDataParallel averages their
+    gradients: all hold the same weights. All validate, and the first one's figures count. After each epoch args.out, with the ending .last, holds all that --resume needs. Returns the record."""
     device, out, (rank, world) = next(model.parameters()).device, args.out, processes()
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     record = checkpoint["record"] = copy.deepcopy(checkpoint["record"]) | {
@@ -412,15 +423,14 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         optimizers.append(Muon(filters, args.lr))
     warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
 
+    training_step = TrainingStep(model, criterion)
+    if world > 1:
+        training_step = DistributedDataParallel(training_step)
+
     def step(pixels, warp, rows, lr):
         x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
-        with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-            outputs = model(x)
-        loss = criterion(outputs.float().unflatten(0, rows.shape), rows)
-        (loss * share).backward()
-        if world > 1:  # in one piece: slices of the sum take the place of the gradients
-            parts = [p.grad for p in model.parameters() if p.grad is not None]
-            nn.utils.vector_to_parameters(add_up(nn.utils.parameters_to_vector(parts)), parts)
+        loss = training_step(x, rows)
+        loss.backward()
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -436,19 +446,17 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         if device.type in last["random"]:
             random.set_rng_state(last["random"][device.type])
         best = last["best"]
-    begun = zlib.crc32(repr([record["fingerprints"], len(record["epochs"])]).encode())
-    if world > 1 and add_up(torch.tensor(begun, device=device)) != world * begun:
-        raise UserError("The processes of this run do not begin alike: share the disk of --data, --init and --out.")
     for epoch in range(len(record["epochs"]) + 1, args.epochs + 1):
         if epoch - 1 - record["best epoch"] >= args.patience:
             print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
             break
         rows = plan(generator)
-        batch, width = min(args.batch, len(rows)), rows.shape[1]
-        steps, share = len(rows) // batch, len(rows[:batch].tensor_split(world)[rank]) / batch
+        width = rows.shape[1]
+        batch = min(args.batch, len(rows)) // world * world
         if batch < 2 * world:
-            raise UserError(f"A step has {batch} items, too few for two or more in each process ({world}): raise "
-                            "--batch, take more crops or start fewer processes.")
+            raise UserError(f"An epoch has {len(rows)} items, too few for {world} processes with two or more each: "
+                            "take more crops.")
+        steps = len(rows) // batch
         warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps if args.recipe == "strong" else {})
         rows, warp = (part[:steps * batch].unflatten(0, (steps, batch)).tensor_split(world, 1)[rank].transpose(1, 2)
                       .to(device) for part in (rows, warp.view(*rows.shape, 2, 5)))  # [steps, k, B], [..., 2, 5]
@@ -471,13 +479,15 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
                 progress(f"epoch {epoch}/{args.epochs}  step {k + 1}/{steps}  loss {done.mean().item():.4f}  "
                          f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
         record["seconds"]["training"] = round(record["seconds"].get("training", 0) + shown - begin, 2)
-        for tensor in (losses, *(v for name, v in model.named_buffers() if "running" in name)):
-            add_up(tensor.mul_(share))  # the means over the processes
+        if world > 1:
+            dist.all_reduce(losses)
+            losses /= world
         with timed(record["seconds"], "validation"):
             figures = validate()
         if world > 1:  # the first process's, so that all stop alike, as no two GPUs need compute the same
-            found = torch.tensor([*figures.values()], dtype=torch.float64, device=device) * (rank == 0)
-            figures = dict(zip(figures, add_up(found).tolist()))
+            shared = [figures]
+            dist.broadcast_object_list(shared, src=0)
+            figures = shared[0]
         if epoch == 1 and not rank:
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
@@ -502,7 +512,9 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
 
 
 def progress(text):
-    """Show one line that the next call overwrites; nothing where the output is a file."""
+    """Show one line that the next call overwrites; nothing where the output is a file or the process not the first."""
+    if processes()[0] > 0:
+        return
     with contextlib.suppress(OSError, ValueError):  # of a file, and of a terminal that does not say how wide it is
         width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
         print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
@@ -513,13 +525,6 @@ def progress(text):
 def processes():
     """Which of the processes that torchrun started this one is, and how many they are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def add_up(tensor):
-    """Put the sum over all processes into a tensor: -> it."""
-    if processes()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def load_last(out, checkpoint):
@@ -683,6 +688,8 @@ def start(args, source=None, checkpoint=None, data=True):
         raise UserError("--without leaves steps out of training by --recipe strong: pass that too, and no --eval.")
     args.rungs = [rung for rung in args.rungs if args.recipe == "strong" and rung not in args.without]
     alone = "RANK" not in os.environ  # else torchrun has started this process; MPS cannot send what it computes
+    if not alone and (args.eval or vars(args).get("stats")):
+        raise UserError("Several processes only train: run this command without torchrun.")
     best = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")
@@ -709,9 +716,13 @@ def start(args, source=None, checkpoint=None, data=True):
     args.weights = args.weights or ("none" if demo else "imagenet")
     k = 1 + (args.recipe == "strong") * (1 + (args.weights != "none"))  # of the defaults in `shared_flags`
     vars(args).update({name: v[:k][-1] for name, v in vars(args).items() if isinstance(v, tuple) and name != "size"})
+    world = processes()[1]
+    if args.batch % world or args.batch < 2 * world:
+        raise UserError(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}, two "
+                        "or more for each.")
     record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
               "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
-              "processes": processes()[1], "machine": platform.platform(), "versions": {
+              "processes": world, "machine": platform.platform(), "versions": {
                   "python": platform.python_version(), "torch": torch.__version__[:],
                   "torchvision": torchvision.__version__}}
     print("DEMO SET of drawn people: its figures say nothing about Market-1501. README says how to get that.\n" * demo
@@ -757,7 +768,7 @@ def run(main, parser):
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     try:
         quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
-        with contextlib.redirect_stdout(quiet or sys.stdout), contextlib.redirect_stderr(quiet or sys.stderr):
+        with contextlib.redirect_stdout(quiet or sys.stdout):
             args = parser.parse_args()
             return main(args)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
@@ -769,20 +780,16 @@ def run(main, parser):
         sentence = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
     except (RuntimeError, MemoryError) as error:
         sentence = "the memory is full: lower --batch or --size, or pass another --device."
-        if processes()[1] > 1 and re.search("NCCL|onnection (closed|reset)|Broken pipe", str(error)):
+        if processes()[1] > 1 and re.search("gloo|NCCL|onnection (closed|reset)|Broken pipe", str(error)):
             sentence = "another process of this run has ended, so this one does."
         elif isinstance(error, RuntimeError) and not re.search("of memory|can't allocate|not enough mem", str(error)):
             raise
     except KeyboardInterrupt:
         code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
             "stopped; the same command with --resume goes on after the last whole epoch."
-        if other:  # at once, as torchrun waits for it, and without a word
-            os._exit(code)
-    time.sleep(5 * (other and code == 2))  # torchrun ends this process if the first has said the same
     progress("")
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
-    sys.stdout.flush()
-    (os._exit if dist.is_available() and dist.is_initialized() else sys.exit)(code)  # NCCL's farewell waits for all
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures

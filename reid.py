@@ -306,19 +306,19 @@ def score_selections(query, gallery, selections, cross_camera, chunks=None, summ
     """Rank under several selections, in one pass over the distances: dict of name -> `summary` of [metrics, Q].
     selections: dict of name -> the distance below which a crop is returned, and how many of its predicted attributes
     may differ from the query's. chunks: of other distances, as `distance_chunks` yields them."""
-    shown, (rank, world) = gallery or query, common.processes()
+    shown = gallery or query
     # Room in one place, as small tensors between the chunks' large ones would make memory grow from chunk to chunk.
     scores = {k: query.features.new_zeros(len(METRICS), len(query.ids), dtype=torch.float64) for k in selections}
     ours, theirs = query.attributes, shown.attributes
-    for k, (rows, distances) in enumerate(chunks or distance_chunks(query, gallery)):
-        alike = ours[rows] @ theirs.T if ours is not None and k % world == rank else None  # [C, G], of the attributes
-        for name, (below, most) in selections.items() if k % world == rank else ():
+    for rows, distances in chunks or distance_chunks(query, gallery):
+        alike = None if ours is None else ours[rows] @ theirs.T  # [C, G], of the attributes
+        for name, (below, most) in selections.items():
             keep = None if below == torch.inf else distances < below
             if most < len(ATTRIBUTES):
                 keep = (alike >= len(ATTRIBUTES) - most) & (True if keep is None else keep)
             scores[name][:, rows] = rank_queries(distances, query.ids[rows], query.cameras[rows], shown.ids,
                                                  shown.cameras, keep, cross_camera)
-    return {name: summary(common.add_up(found)) for name, found in scores.items()}
+    return {name: summary(found) for name, found in scores.items()}
 
 
 def distance_histograms(query, gallery=None, bins=1000):
@@ -575,7 +575,7 @@ def export(args, networks, checkpoint, seconds):
 
 # ------------------------------------------------------------------------------------------------- the user's images
 
-BLOCK, SAVED = 2048, 8  # crops a process reads and embeds at once, and after how many such blocks an index is saved
+BLOCK, SAVED = 2048, 8  # crops read and embedded at once, and after how many such blocks an index is saved
 INDEX = ("names", "sizes", "times", "features", "log_p")  # its arrays, a row per crop: sizes in bytes, times in ns
 
 
@@ -584,7 +584,7 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
 
     log_p is [N, 0] where no attributes are predicted. With --embed all is saved there, an index: names relative to its
     folder, unless on another drive, so that both can be moved; rows of one name, size and time are not made anew."""
-    facts, known, block, home = {}, {}, BLOCK * common.processes()[1], args.embed and args.embed.parent.resolve()
+    facts, known, home = {}, {}, args.embed and args.embed.parent.resolve()
     for file in (f for f in common.user_files([path or args.gallery]) if f.suffix != ".npz"):  # other indices
         own, stat = file.parent.resolve() / file.name if home else file, file.stat()
         name = Path(os.path.relpath(own, home)).as_posix() if home and own.drive == home.drive else str(own)
@@ -594,17 +594,17 @@ def embed_files(args, networks, checkpoint, seconds, path=None):
         if facts and {name for name, *_ in facts.values()}.isdisjoint(name for name, *_ in known):
             raise UserError(f"{args.embed} names none of the files in {args.gallery}: give another name.")
     new = [file for file, fact in facts.items() if fact not in known]
-    for done in range(0, max(1, len(new)), block):
+    for done in range(0, max(1, len(new)), BLOCK):
         with common.timed(seconds, "reading"):
-            images, read = common.read_crops(new[done:done + block], args.size, skip=True)
+            images, read = common.read_crops(new[done:done + BLOCK], args.size, skip=True)
         with common.timed(seconds, "embedding"):
             if read:
                 crops = embed(networks, common.Market(images, *[torch.zeros(len(read))] * 3, read))
                 log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
                 known.update(zip(map(facts.get, read), zip(crops.features.cpu().numpy(), log_p.cpu().numpy())))
-        left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + block) - 1)
-        common.progress(f"embedded {done + block} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
-        if done + block < len(new) and not (args.embed and read and done // block % SAVED == SAVED - 1):
+        left = (seconds["reading"] + seconds["embedding"]) * (len(new) / (done + BLOCK) - 1)
+        common.progress(f"embedded {done + BLOCK} of {len(new)}, {left / 60:.1f} minutes left" * (left > 0))
+        if done + BLOCK < len(new) and not (args.embed and read and done // BLOCK % SAVED == SAVED - 1):
             continue
         if not (rows := [(*fact, *known[fact]) for fact in facts.values() if fact in known]):
             raise UserError(f"No image could be read from {path or args.gallery}.")
