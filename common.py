@@ -70,10 +70,8 @@ class Market:
     names: list[str]  # N file names
 
     def fingerprint(self):
-        """Of names, labels and pixels, for a run to tell whether it resumes on what it began with: a hex string."""
-        digest = hashlib.sha256(json.dumps([self.names, self.labels.tolist()]).encode())
-        digest.update(self.images.permute(0, 2, 3, 1).contiguous().numpy())
-        return digest.hexdigest()
+        """A hex string of names and labels, for a run to tell whether it resumes on what it began with."""
+        return hashlib.sha256(json.dumps([self.names, self.labels.tolist()]).encode()).hexdigest()
 
 
 def load_market(root, part, size=(128, 64), annotated=True):
@@ -437,7 +435,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             optimizer.zero_grad()
         return loss.detach()
 
-    best = None
+    best = None  # the weights of the best epoch
     if args.resume and (last := load_last(out, checkpoint)):
         model.load_state_dict(last["model"])
         for optimizer, moments in zip(optimizers, last["moments"], strict=True):
@@ -445,7 +443,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
         generator.set_state(last["generator"])
         if device.type in last["random"]:
             random.set_rng_state(last["random"][device.type])
-        best = last["best"]
+        best = torch_load(out)["model"]
     for epoch in range(len(record["epochs"]) + 1, args.epochs + 1):
         if epoch - 1 - record["best epoch"] >= args.patience:
             print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
@@ -488,26 +486,28 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
             shared = [figures]
             dist.broadcast_object_list(shared, src=0)
             figures = shared[0]
-        if epoch == 1 and not rank:
+        if epoch == 1:
             set_aside(out)
         record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
                                  "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
         record["metrics"] = list(figures) or ["epoch"]
         record["best epoch"] = max(record["epochs"], key=lambda row: row[record["metrics"][0]])["epoch"]
-        write_record(out, record)  # if no other run has begun to write there
+        # A kill may come between any two of these. The record claims the name, and no other run may have since. The
+        # best checkpoint comes before the state to resume: if only the state were older, its epoch is trained again to
+        # the same bits; were it newer, the weights of its best epoch would be lost.
+        write_record(out, record)
         checkpoint["model"] = model.state_dict()
         if record["best epoch"] == epoch:
-            best = checkpoint | copy.deepcopy({"record": record, "model": checkpoint["model"]})
+            best = copy.deepcopy(checkpoint["model"])
+            save_checkpoint(out, checkpoint)
         save_checkpoint(out.with_suffix(".last"), checkpoint | {
-            "best": best, "moments": [optimizer.state_dict()["state"] for optimizer in optimizers],
+            "moments": [optimizer.state_dict()["state"] for optimizer in optimizers],
             "generator": generator.get_state(), "random": {device.type: random.get_rng_state()}})
-        if record["best epoch"] == epoch:
-            save_checkpoint(out, best)
         told = "  validation " * bool(figures) + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items())
         progress("")
         print(f"epoch {epoch:2}/{args.epochs}  loss {losses.mean().item():.4f}  {speed:.0f} images/s" + told
               + "  *" * (record["best epoch"] == epoch and bool(figures)), flush=True)
-    model.load_state_dict(best["model"])
+    model.load_state_dict(best)
     return record
 
 
@@ -529,7 +529,7 @@ def processes():
 
 def load_last(out, checkpoint):
     """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
-    UserError if it is of other arguments or data. A kill may have left `out` older than that: it is written again."""
+    UserError if it is of other arguments or data, or if `out` is another run's."""
     path, record = out.with_suffix(".last"), checkpoint["record"]
     if not path.exists():
         return print(f"There is no {path} to resume: starting.")
@@ -542,33 +542,42 @@ def load_last(out, checkpoint):
         raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")
     done, count = last["record"], last["record"]["processes"]  # what else a record says is of the part that begins
     record.update({k: done[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")})
-    if not processes()[0] and not is_own(out, record):
-        set_aside(out)
-    save_checkpoint(out, last["best"])
+    if not out.exists() or read_record(out).get("run") != record["run"]:
+        raise UserError(f"{out} is not the best checkpoint of the run that {path} goes on with: start without --resume.")
     print(f"Going on after epoch {len(record['epochs'])}" + (
         f", but not to the same bits as {count} processes." if count != record["processes"] else "."))
     return last
 
 
 def set_aside(out):
-    """Rename an earlier run's checkpoint, record, figure 3 to NAME.old.pt, .old2.pt and so on: no weights are lost."""
-    k = next(k for k in ("", *range(2, 10**4)) if not out.with_suffix(f".old{k}.pt").exists())
-    for path in filter(Path.exists, (out.with_suffix(".json"), out.with_suffix(".png"), out)):  # cut off: goes on later
-        print(f"{path} of an earlier run is now {path.replace(path.with_suffix(f'.old{k}{path.suffix}'))}.")
+    """Rename an earlier run's checkpoint, record and figure 3 to NAME.old.pt and so on; its state to resume goes.
+
+    That goes first: a kill in between leaves files that the next run sets aside, and no state without its best."""
+    if processes()[0] > 0:
+        return
+    out.with_suffix(".last").unlink(missing_ok=True)
+    for path in (out.with_suffix(".json"), out.with_suffix(".png"), out):
+        if path.exists():
+            old = path.with_suffix(f".old{path.suffix}")
+            path.replace(old)
+            print(f"{path} of an earlier run is now {old}.")
 
 
-def is_own(out, record):
-    """Whether the record beside `out` is of this run, and so is `out`."""
-    return (path := out.with_suffix(".json")).exists() and record["run"].encode() in path.read_bytes()
+def read_record(out):
+    """The record beside a checkpoint; an empty dict where there is none that can be read."""
+    try:
+        return json.loads(out.with_suffix(".json").read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def write_record(out, record):
     """Write the run's record beside its checkpoint, as JSON; UserError where another run has begun to write there."""
     path = out.with_suffix(".json")
-    if processes()[0] == 0 and path.exists() and not is_own(out, record):
+    if processes()[0] == 0 and path.exists() and read_record(out).get("run") != record["run"]:
         raise UserError(f"{path} is another run's by now, so this one ends: give each run an --out of its own.")
     record["peak_memory_MB"] = peak_memory()
-    text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", json.dumps(record, indent=1))  # a line per epoch, not per figure
+    text = json.dumps(record, indent=1)
     write_whole(path, lambda file: file.write(text.encode()))
 
 
