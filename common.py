@@ -22,7 +22,6 @@ import socket
 import sys
 import tempfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -175,8 +174,6 @@ def read_image(path):
     """Read an image of any format that Pillow knows: -> Pillow image, RGB, upright, transparency laid on white."""
     try:
         with Image.open(path) as image:
-            if image.info.get("Software") == SOFTWARE:
-                raise ValueError("drawn by these scripts")
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
@@ -601,10 +598,7 @@ def write_whole(path, write):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        for pause in (0.1, 0.3, 1, 0):  # on Windows a virus scanner may hold what is new for a moment
-            with contextlib.suppress(*[PermissionError] * (pause > 0)):
-                return os.replace(temporary, path)
-            time.sleep(pause)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}).") from None
     finally:
@@ -641,8 +635,6 @@ def load_checkpoint(path, *kinds):
 def torch_load(path):
     """Load a file of tensors and plain values; never runs code from it."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")  # torch.load does not look at them
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
@@ -774,7 +766,6 @@ def say_seconds(seconds, file=None):
 def run(main, parser):
     """Run a script's main(args); the one place where errors become sentences and exit codes."""
     other, args, code = os.environ.get("RANK", "0") != "0", None, 2
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not fit the console's encoding
     try:
         quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
         with contextlib.redirect_stdout(quiet or sys.stdout):
@@ -805,8 +796,6 @@ def run(main, parser):
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: told apart by the colour-blind
 INK, GREY = "#222222", "#8a8a8a"
-SOFTWARE, MARK = "person attributes and re-identification", PngImagePlugin.PngInfo()
-MARK.add_text("Software", SOFTWARE)  # in the pictures drawn here: they are no crops of people
 
 
 def table(title, header, rows):
@@ -821,8 +810,8 @@ def table(title, header, rows):
 
 
 def write_picture(path, picture):
-    """Write a Pillow image as PNG, with the mark that it is no crop of a person, and say where it is."""
-    write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=MARK))
+    """Write a Pillow image as PNG, and say where it is."""
+    write_whole(path, lambda file: picture.save(file, "PNG"))
     print(f"As a picture: {path}", file=sys.stderr)
 
 
