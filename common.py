@@ -13,6 +13,7 @@ import copy
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -837,111 +839,263 @@ def sheet(path, rows, height=256):
     write_picture(path, picture)
 
 
-# ---------------------------------------------------------------------------------------------------- the drawn demo
+# ------------------------------------------------------------------------------------------
+# The drawn people of the demo set. A first reading can end here.
 
 DRAWN = "drawn.txt"  # marks a drawn data set; written last, so it also says that the set is whole
+
 # How often each class is drawn, as unbalanced as in Market-1501 ([report] table 4).
 FREQUENCIES = {
-    "age": (0.05, 0.66, 0.24, 0.05), "up": (0.15, 0.85), "down": (0.40, 0.60), "hat": (0.93, 0.07),
-    "backpack": (0.73, 0.27), "bag": (0.75, 0.25), "handbag": (0.88, 0.12),
+    "age": (0.05, 0.66, 0.24, 0.05),
+    "up": (0.15, 0.85),
+    "down": (0.40, 0.60),
+    "hat": (0.93, 0.07),
+    "backpack": (0.73, 0.27),
+    "bag": (0.75, 0.25),
+    "handbag": (0.88, 0.12),
     "upcolor": (0.16, 0.26, 0.11, 0.05, 0.06, 0.12, 0.08, 0.08, 0.08),
-    "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03)}
-RGB = {"black": (38, 36, 40), "white": (232, 230, 224), "red": (196, 40, 44), "purple": (126, 62, 150),
-       "yellow": (228, 196, 62), "gray": (134, 136, 140), "blue": (52, 88, 172), "green": (64, 138, 76),
-       "pink": (232, 142, 170), "brown": (122, 82, 50)}
+    "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03),
+}
+RGB = {
+    "black": (38, 36, 40),
+    "white": (232, 230, 224),
+    "red": (196, 40, 44),
+    "purple": (126, 62, 150),
+    "yellow": (228, 196, 62),
+    "gray": (134, 136, 140),
+    "blue": (52, 88, 172),
+    "green": (64, 138, 76),
+    "pink": (232, 142, 170),
+    "brown": (122, 82, 50),
+}
+
+
+@dataclass
+class Person:
+    """Who is drawn: the class of each attribute, and what tells two people of the same classes apart."""
+
+    classes: dict[str, str]  # attribute -> name of its class
+    top: list  # colours from the neck down: one, or three if its class is "multi"
+    bottom: list  # the same from the hip down
+    skin: tuple
+    hair: tuple
+    shoes: tuple
+    luggage: tuple  # of hat, backpack, bag and handbag
+    width: float
+    height: float
+
+
+class Pose(NamedTuple):
+    """Where and how a person stands in a picture."""
+
+    x: float  # of the middle, in pixels
+    y: float  # of the feet, in pixels
+    unit: float  # pixels a unit; a grown-up is 112 units tall
+    side: int  # 1, or -1 to mirror
+    stride: float  # of the feet, in units
+    from_behind: bool
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
-    """Draw a data set of people in Market-1501's layout into folder `root`: so many identities in the training half, as
-    many others in the test half, each with so many crops, from two cameras or more, to train with or in the gallery;
-    queries, distractors, junk and annotations come with them. The same for a seed."""
-    root, rows, shots = Path(root), [], []
+    """Draw a data set of people in Market-1501's layout into folder `root`: so many identities in the training half,
+    as many others in the test half, each with so many crops, from two cameras or more, to train with or in the
+    gallery; queries, distractors, junk and annotations come with them. The same for a seed."""
+    root = Path(root)
     random = np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
-    for i in range(1, 2 * identities + 1):
-        person, half = draw_identity(random), "train" if i <= identities else "gallery"
-        rows.append([i, *(1 + (person[a] == k if names[1:] else person[a])
-                          for a, names in COLUMNS.items() for k in range(len(names)))])
-        cameras = 1 + random.permutation(6)[:random.randint(2, 7)]
-        shots += [(half, f"{i:04d}", person, camera) for camera in np.resize(cameras, images_per_identity)]
-        if half == "gallery":  # each query is to be found in another camera
-            shots += [("query", f"{i:04d}", person, camera) for camera in cameras[images_per_identity == 1:2]]
+    numbers = itertools.count(25, 25)
+    for folder in PARTS.values():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+
+    def shoot(part, person_id, person, camera):
+        path = root / PARTS[part] / f"{person_id}_c{camera}s1_{next(numbers):06d}_01.jpg"
+        draw_crop(person, camera, random).save(path, quality=80)
+
+    for half, part, first in (("train", "train", 1), ("test", "gallery", identities + 1)):
+        people = {}
+        for person_id in range(first, first + identities):
+            people[person_id] = person = draw_identity(random)
+            cameras = 1 + random.permutation(6)[: random.randint(2, 7)]
+            for camera in np.resize(cameras, images_per_identity):
+                shoot(part, f"{person_id:04d}", person, camera)
+            if part == "gallery":  # each query is to be found in another camera
+                query_cameras = cameras[1:2] if images_per_identity == 1 else cameras[:2]
+                for camera in query_cameras:
+                    shoot("query", f"{person_id:04d}", person, camera)
+        write_annotations(root / f"annotations_{half}.csv", people)
+
     for k in range(max(2, identities * images_per_identity // 5)):
-        shots.append(("gallery", "0000" if k % 8 else "-1", draw_identity(random), random.randint(1, 7)))
-    for k, (part, shown, person, camera) in enumerate(shots, 1):
-        path = root / PARTS[part] / f"{shown}_c{camera}s1_{25 * k:06d}_01.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_crop(person, camera, random).save(path, quality=int(random.randint(70, 92)))
-    for half, own in (("train", rows[:identities]), ("test", rows[identities:])):
-        np.savetxt(root / f"annotations_{half}.csv", [["id", *sum(COLUMNS.values(), [])], *own], "%s", ",")
-    (root / DRAWN).write_text(f"Drawn people: draw_market({identities}, {images_per_identity}, {seed})\n")
+        stranger = "-1" if k % 8 == 0 else "0000"  # junk or a distractor
+        shoot("gallery", stranger, draw_identity(random), random.randint(1, 7))
+    arguments = f"{identities}, {images_per_identity}, {seed}"
+    (root / DRAWN).write_text(f"Drawn people: draw_market({arguments})\n")
+
+
+def write_annotations(path, people):
+    """Write the attributes of a dict of identity -> `Person` as the course's CSV; `read_annotations` reads it."""
+    lines = []
+    for person_id, person in people.items():
+        line = {"id": person_id}
+        for attribute, columns in COLUMNS.items():
+            code = ATTRIBUTES[attribute].index(person.classes[attribute])
+            if len(columns) == 1:
+                line[attribute] = code + 1
+            else:
+                line.update({column: 1 + (k == code) for k, column in enumerate(columns)})
+        lines.append(line)
+    rows = [list(lines[0])] + [list(line.values()) for line in lines]
+    np.savetxt(path, rows, "%s", ",")
 
 
 def draw_identity(random):
-    """Choose a person: the class of each attribute, and what tells two people of the same classes apart."""
-    person = {a: int(random.choice(len(p), p=p)) for a, p in FREQUENCIES.items()}
-    person["gender"] = female = int(random.rand() < 0.45)
-    person["hair"] = int(random.rand() < (0.72 if female else 0.06))
-    person["clothes"] = int(random.rand() > (0.32 if female else 0.0))
-    for attribute in ("upcolor", "downcolor"):  # three bands of colour each, from the top down
-        *names, _ = ATTRIBUTES[attribute]
-        names = names[person[attribute]:][:1] * 3 or random.permutation(names)[:3]
-        shade, accent = random.uniform(-16, 16, 3), random.choice([-40, 0, 40])
-        person[f"{attribute}s"] = [tinted(RGB[name] + shade + accent * (k == 1)) for k, name in enumerate(names)]
-    person["skin"] = tinted((238, 198, 168), random.uniform(0.62, 1.0))
-    person["strands"] = (214, 214, 212) if person["age"] == 3 else tinted((158, 118, 72), random.uniform(0.4, 1) ** 2)
-    person["things"] = [tinted(RGB[name], 0.85) for name in random.choice(list(RGB), 5)]
-    person["build"] = random.uniform(0.92, 1.08) * (0.76, 0.92, 1.14, 1.04)[person["age"]]
-    person["shortness"] = random.uniform(-0.02, 0.05) + (0.33, 0.02, 0.0, 0.08)[person["age"]]
-    return person
+    """Choose a person by a NumPy RandomState: -> `Person`."""
+    classes = {}
+    for attribute, frequencies in FREQUENCIES.items():
+        classes[attribute] = ATTRIBUTES[attribute][random.choice(len(frequencies), p=frequencies)]
+    female = random.rand() < 0.45
+    long_hair = random.rand() < (0.72 if female else 0.06)
+    dress = female and random.rand() < 0.32
+    classes["gender"] = "female" if female else "male"
+    classes["hair"] = "long" if long_hair else "short"
+    classes["clothes"] = "dress" if dress else "pants"
+
+    def choose_colours(attribute):
+        names = [classes[attribute]]
+        if names == ["multi"]:
+            names = random.permutation(ATTRIBUTES[attribute][:-1])[:3]
+        shade = random.uniform(-20, 20, 3)
+        return [tinted(RGB[name] + shade) for name in names]
+
+    top = choose_colours("upcolor")
+    bottom = choose_colours("downcolor")
+    hair = tinted((158, 118, 72), random.uniform(0.3, 1))
+    if classes["age"] == "old":
+        hair = (214, 214, 212)
+    widths = {"young": 0.8, "teenager": 0.92, "adult": 1.12, "old": 1.04}
+    heights = {"young": 0.68, "teenager": 0.98, "adult": 1.0, "old": 0.93}
+    shoes, luggage = random.choice(list(RGB), 2)
+    return Person(
+        classes,
+        top,
+        bottom,
+        skin=tinted((238, 198, 168), random.uniform(0.6, 1)),
+        hair=hair,
+        shoes=tinted(RGB[shoes], 0.85),
+        luggage=tinted(RGB[luggage], 0.85),
+        width=widths[classes["age"]] * random.uniform(0.92, 1.08),
+        height=heights[classes["age"]] * random.uniform(0.95, 1.02),
+    )
 
 
 def draw_crop(person, camera, random):
-    """Draw a person as one camera sees them, at its place, in a pose, from the front or the back: a 64x128 image."""
+    """Draw a person as one camera sees them, at its place and in its light: a Pillow image of 64x128 pixels."""
     place = np.random.RandomState(camera + 47)
-    wall, ground, light = (place.uniform(low, high) + place.normal(0, noise, 3) for low, high, noise in (
-        (110, 200, 9), (110, 200, 9), (0.8, 1.15, 0.06)))
+    wall = place.uniform(110, 200) + place.normal(0, 9, 3)
+    ground = place.uniform(110, 200) + place.normal(0, 9, 3)
+    light = place.uniform(0.8, 1.15) + place.normal(0, 0.06, 3)
+    blur = ImageFilter.GaussianBlur(0.3 + 0.6 * place.rand())
+
     picture = Image.new("RGB", (192, 384), tinted(ground))  # three times as large, to be reduced
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 0, 192, place.randint(160, 270)), tinted(wall))
+    pose = Pose(
+        x=random.uniform(87, 105),
+        y=random.uniform(358, 372),
+        unit=random.uniform(2.75, 3.1) * person.height,
+        side=random.choice([-1, 1]),
+        stride=random.uniform(0, 6),
+        from_behind=random.rand() < 0.45,
+    )
+    draw_part(pen, pose, tinted(ground, 0.8), [(-12, 0), (12, 0)], 5)  # the shadow
+    draw_person(pen, pose, person)
 
-    # A part is a colour, a thickness and points: a polygon with a round border so thick; two points make a line. x is
-    # from the middle, y from the feet: the neck is at 90, the crown at 112.
-    wide, skin, hair, tops, bottoms = (person[k] for k in ("build", "skin", "strands", "upcolors", "downcolors"))
-    shoes, hat, pack, bag, handbag = person["things"]
-    shoulder, hip = wide * np.array((10.4, 9.6) if person["gender"] else (12.8, 9.2))
-    hand, stride, hem = shoulder + random.uniform(-2, 4), random.uniform(0, 6), 32 if person["down"] else 7
-    foot, cuff = (4.6 * wide + stride * (54 - y) / 50 for y in (4, hem))
-    arm = [(shoulder - 3, 84.5), (shoulder + 0.5, 74), (hand, 58)]
-    half = [(skin, 6 * wide, (4.6 * wide, 54), (foot, 4)), (shoes, 5, (foot - 0.5, 2.5), (foot + 2, 2)),
-            (skin, 4.6 * wide, *arm, (hand, 54)), (tops[0], 6.2 * wide, *arm[:3 - person["up"]])]
-    bottom = (cuff - 4.2 * wide, cuff + 4.6 * wide, hem) if person["clothes"] else (0, hip + 6, hem)
-    for colours, *ends in ((bottoms, (0, hip, 56), bottom), (tops, (0, shoulder - 1.5, 88), (0, hip, 52))):
-        edges = np.linspace(*ends, 4)  # of the bands: left, right, y
-        half += [(colour, 0, (a, y), (b, y), (d, z), (c, z))
-                 for colour, (a, b, y), (c, d, z) in zip(colours, edges, edges[1:])]
-    layers = [  # from back to front or, seen from behind, the other way round; a list times 0 is empty
-        [(hair, 16, (0, 103), (0, 83))] * person["hair"], [(pack, 18 * wide, (0, 80), (0, 68))] * person["backpack"],
-        [*((colour, thick, *((k * x, y) for x, y in points)) for k in (-1, 1) for colour, thick, *points in half),
-         (skin, 5.5, (0, 90), (0, 96)), (hair, 16, (0, 101), (0, 104))],
-        [(pack, 2.6, (x * wide, 89), (x * wide, 66)) for x in (-6.5, 6.5)] * person["backpack"],
-        [(skin, 12.6, (0, 98.5), (0, 101)), *((RGB["black"], 1.9, (x, 100.7), (x, 101.3)) for x in (-1.6, 3.4))],
-    ][::random.choice([-1, 1], p=[0.45, 0.55])] + [
-        [(hat, 13, (-2, 107), (2, 107)), (hat, 2.6, (-9, 105), (9, 105))] * person["hat"],
-        [(bag, 1.8, (shoulder * 0.6, 89), (-hip, 57)), (bag, 9, (-hip - 4, 56), (-hip, 50))] * person["bag"],
-        [(handbag, 6, (hand, 55), (hand - 5, 38), (hand + 5, 38))] * person["handbag"]]
-    (middle, feet, unit), side = random.uniform((87, 358, 2.75), (105, 372, 3.1)), random.choice([-1, 1])
-    for colour, thick, *points in [(tinted(ground, 0.8), 5, (-12, 0), (12, 0)), *sum(layers, [])]:
-        # Only what is below the neck is shorter: a child's head is nearly as large as an adult's.
-        points = [(middle + side * unit * x, feet - unit * (y - min(y, 90) * person["shortness"])) for x, y in points]
-        pen.polygon(points, colour)
-        pen.line(points, colour, round(unit * thick))
-        for point in points * (thick > 0):
-            pen.circle(point, unit * thick / 2, colour)
-    picture = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * place.rand()))
-    pixels = np.asarray(picture) * light * random.uniform(0.88, 1.12) + random.normal(0, 4, (128, 64, 3))
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    picture = picture.reduce(3).filter(blur)
+    exposure = light * random.uniform(0.88, 1.12)
+    noise = random.normal(0, 4, (128, 64, 3))
+    return Image.fromarray(np.clip(picture * exposure + noise, 0, 255).astype(np.uint8))
+
+
+def draw_part(pen, pose, colour, points, thickness=0):
+    """Draw a polygon with a round border so thick; two points make a line. x is counted from the middle of the
+    person, y from the feet up: the neck is at 90, the crown at 112."""
+    points = [(pose.x + pose.side * pose.unit * x, pose.y - pose.unit * y) for x, y in points]
+    pen.polygon(points, colour)
+    if thickness > 0:
+        pen.line(points, colour, round(pose.unit * thickness))
+        for point in points:
+            pen.circle(point, pose.unit * thickness / 2, colour)
+
+
+def draw_person(pen, pose, person):
+    """Draw the parts of a person from the farthest to the nearest."""
+    worn = [attribute for attribute in ("hat", "backpack", "bag", "handbag") if person.classes[attribute] == "yes"]
+    shoulder = (10.4 if person.classes["gender"] == "female" else 12.8) * person.width
+    hip = 9.4 * person.width
+    backpack = [(0, 80), (0, 68)]
+    long_hair = [(0, 103), (0, 83)]
+
+    if not pose.from_behind:
+        if "backpack" in worn:
+            draw_part(pen, pose, person.luggage, backpack, 25 * person.width)
+        if person.classes["hair"] == "long":
+            draw_part(pen, pose, person.hair, long_hair, 16)
+    draw_clothes(pen, pose, person, shoulder, hip)
+
+    draw_part(pen, pose, person.skin, [(0, 90), (0, 96)], 5.5)  # the neck
+    draw_part(pen, pose, person.hair, [(0, 101), (0, 104)], 16)
+    if pose.from_behind:
+        if person.classes["hair"] == "long":
+            draw_part(pen, pose, person.hair, long_hair, 16)
+        if "backpack" in worn:
+            draw_part(pen, pose, person.luggage, backpack, 18 * person.width)
+    else:
+        draw_part(pen, pose, person.skin, [(0, 98.5), (0, 101)], 12.6)  # the face
+        for x in (-1.6, 3.4):
+            draw_part(pen, pose, RGB["black"], [(x, 100.7), (x, 101.3)], 1.9)
+            if "backpack" in worn:  # its straps
+                strap = (x - 0.9) * 2.6 * person.width
+                draw_part(pen, pose, person.luggage, [(strap, 89), (strap, 66)], 2.6)
+
+    if "hat" in worn:
+        draw_part(pen, pose, person.luggage, [(-2, 107), (2, 107)], 13)
+        draw_part(pen, pose, person.luggage, [(-9, 105), (9, 105)], 2.6)
+    if "bag" in worn:
+        draw_part(pen, pose, person.luggage, [(0.6 * shoulder, 89), (-hip, 57)], 1.8)
+        draw_part(pen, pose, person.luggage, [(-hip - 4, 56), (-hip, 50)], 9)
+    if "handbag" in worn:
+        hand = shoulder + 2
+        draw_part(pen, pose, person.luggage, [(hand, 55), (hand - 5, 38), (hand + 5, 38)], 6)
+
+
+def draw_clothes(pen, pose, person, shoulder, hip):
+    """Draw legs, arms and what is worn over them."""
+    hem = 32 if person.classes["down"] == "short" else 7
+    foot = 4.6 * person.width + pose.stride
+    cuff = foot - pose.stride * hem / 54
+    sleeve = 74 if person.classes["up"] == "short" else 58
+    for side in (-1, 1):
+        draw_part(pen, pose, person.skin, [(side * 4.6 * person.width, 54), (side * foot, 4)], 6 * person.width)
+        draw_part(pen, pose, person.shoes, [(side * (foot - 0.5), 2.5), (side * (foot + 2), 2)], 5)
+        if person.classes["clothes"] == "pants":
+            inner, outer = side * (cuff - 4.2 * person.width), side * (cuff + 4.6 * person.width)
+            draw_garment(pen, pose, person.bottom, (0, side * hip, 56), (inner, outer, hem))
+    if person.classes["clothes"] == "dress":
+        draw_garment(pen, pose, person.bottom, (-hip, hip, 56), (-hip - 6, hip + 6, hem))
+
+    draw_garment(pen, pose, person.top, (1.5 - shoulder, shoulder - 1.5, 88), (-hip, hip, 52))
+    for side in (-1, 1):
+        joint = (side * (shoulder - 2), 84.5)
+        draw_part(pen, pose, person.skin, [joint, (side * (shoulder + 2), 54)], 4.6 * person.width)
+        draw_part(pen, pose, person.top[0], [joint, (side * (shoulder + 1), sleeve)], 6.2 * person.width)
+
+
+def draw_garment(pen, pose, colours, top, bottom):
+    """Draw a garment in bands of equal height, a colour each; top and bottom: (left, right, y) of its edges."""
+    edges = np.linspace(top, bottom, len(colours) + 1)
+    for colour, (left, right, y), (lower_left, lower_right, lower_y) in zip(colours, edges, edges[1:]):
+        corners = [(left, y), (right, y), (lower_right, lower_y), (lower_left, lower_y)]
+        draw_part(pen, pose, colour, corners)
 
 
 def tinted(colour, factor=1.0):
     """A colour with each channel times `factor`, as Pillow takes it."""
-    return tuple(int(v) for v in np.clip(np.multiply(colour, factor), 0, 255))
+    return tuple(int(channel) for channel in np.clip(np.multiply(colour, factor), 0, 255))
