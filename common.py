@@ -244,17 +244,29 @@ def augment(crops, warp):
     return torch.where((inside[0][:, None] & inside[1][:, :, None])[:, None], x.mean((0, 2, 3), keepdim=True), x)
 
 
-class MatrixConv2d(nn.Conv2d):
-    """A 3x3 convolution as one matrix product over gathered neighbourhoods: the same sums, for CPUs and small maps. On
-    layer4's, of 4x2 pixels, forward and backward take half to two thirds of oneDNN's time this way."""
+class MatrixConv2d(nn.Module):
+    """A 3x3 convolution, padded by 1, as one matrix product over gathered neighbourhoods: the same sums.
+
+    On a CPU and the small maps of the last stage, of 4x2 pixels, forward and backward take half to two thirds of
+    oneDNN's time this way, which is a tenth of a training step. Elsewhere it is an ordinary convolution."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.weight = conv.weight  # [out, in, 3, 3]
+        self.stride = conv.stride[0]
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 16 * self.stride[0] ** 2:
-            return super().forward(x)
-        s, (h, w) = self.stride[0], x.shape[2:]
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        near = torch.cat([padded[:, i:i + h:s, j:j + w:s] for i in range(3) for j in range(3)], 3)  # [B, h/s, w/s, 9C]
-        return F.linear(near, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
+        height, width = x.shape[2:]
+        if x.device.type != "cpu" or height * width > 16 * self.stride**2:
+            return F.conv2d(x, self.weight, stride=self.stride, padding=1)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, h + 2, w + 2, in]
+        shifted = []
+        for i in range(3):
+            for j in range(3):
+                shifted.append(padded[:, i : i + height : self.stride, j : j + width : self.stride])
+        neighbourhoods = torch.cat(shifted, 3)  # [B, h / stride, w / stride, 9 * in]
+        filters = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out, 9 * in]
+        return F.linear(neighbourhoods, filters).permute(0, 3, 1, 2)
 
 
 def layout(device):
@@ -273,7 +285,9 @@ class Backbone(nn.Module):
         net.load_state_dict(state or net.state_dict())
         net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (1, 1) if "stride" in rungs else (2, 2)
         for block in net.layer4:
-            block.conv1.__class__ = block.conv2.__class__ = MatrixConv2d
+            for name, layer in list(block.named_children()):
+                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                    setattr(block, name, MatrixConv2d(layer))
         self.width = net.fc.in_features
         self.net = nn.Sequential(*[*net.children()][:-2])  # no avgpool, no fc
         # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
@@ -412,7 +426,7 @@ def fit(model, crops, plan, criterion, validate, args, checkpoint):
     model.to(memory_format=layout(device))
     filters = []
     if "muon" in args.rungs:
-        filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+        filters = [p for p in model.parameters() if p.dim() == 4]
     with_muon = set(filters)
     others = [p for p in model.parameters() if p not in with_muon]
     optimizers = [torch.optim.AdamW(others, lr=args.lr, fused=True)]
@@ -707,9 +721,7 @@ def start(args, source=None, checkpoint=None, data=True):
             raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
                             "torchrun, no more on a machine than it has GPUs, or unset the variable RANK.") from None
     torch.backends.cudnn.benchmark = True  # shapes do not change: the time to choose an algorithm comes back
-    with contextlib.suppress(OSError, AttributeError):  # glibc, where it is used, is to keep freed blocks for the next
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # step, which would otherwise map and zero each of them anew
-        mallopt(-1, 2**31 - 1), mallopt(-3, 2**25)  # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD, at its upper limit
+    keep_freed_memory()
     saved = checkpoint["record"] if checkpoint else {"arguments": {"size": args.size or (128, 64)}}
     if args.size not in (None, saved["arguments"]["size"]):
         raise UserError(f"{source} was trained with another --size than {args.size[0]}x{args.size[1]}: leave that out.")
@@ -734,6 +746,17 @@ def start(args, source=None, checkpoint=None, data=True):
           + (f"{source}" if args.eval else f"{source or f'weights {args.weights}'} | seed {args.seed}"),
           file=sys.stdout if data else sys.stderr, flush=True)  # stderr, as results on stdout may go into a file
     return record
+
+
+def keep_freed_memory():
+    """On Linux with glibc, keep freed blocks for the next training step, which would else have each mapped and zeroed
+    anew: a tenth of the training speed on a CPU. Elsewhere this does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold = -1
+        m_mmap_threshold = -3
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 2**25)  # its upper limit
 
 
 def find_data(folder):
