@@ -322,14 +322,14 @@ def score_selections(query, gallery, selections, cross_camera, chunks=None, summ
 
 
 def distance_histograms(query, gallery=None, bins=1000):
-    """How distances lie: a dict of edges [bins + 1]; how many pairs are in each bin, [bins]: matches (of one identity,
-    from two cameras) and others (of two identities); and the mean of all, the threshold of [report] section 4.2.1."""
+    """How distances lie: a dict of edges [bins + 1]; how many pairs are in each bin, [bins]: of two cameras, matches
+    (of one identity) and others (of two identities); and the mean of all, the threshold of [report] section 4.2.1."""
     top = max(1e-6, *(d[d.isfinite()].max().item() for _, d in distance_chunks(query, gallery)))
     counts, shown, total = torch.zeros(2, bins, dtype=torch.float64), gallery or query, 0
     for rows, distances in distance_chunks(query, gallery):
         same = shown.ids == query.ids[rows, None]
-        match = same & (shown.cameras != query.cameras[rows, None])
-        counts += torch.stack([torch.histc(distances[which], bins, 0, top).cpu() for which in (match, ~same)])
+        across = shown.cameras != query.cameras[rows, None]
+        counts += torch.stack([torch.histc(distances[which & across], bins, 0, top).cpu() for which in (same, ~same)])
         total += distances.masked_fill_(distances.isposinf(), 0).sum(dtype=torch.float64).item()
     return {"edges": torch.linspace(0, top, bins + 1, dtype=torch.float64), "matches": counts[0], "others": counts[1],
             "mean": total / (len(query.ids) * (len(shown.ids) - (gallery is None)))}
