@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
-"""What par.py and reid.py share: Market-1501 and its drawn stand-in, augmentation, ResNet18, the training loop.
+"""What par.py and reid.py share: Market-1501 and its drawn stand-in, ResNet18, the training loop.
 
-Data flows one way. Every crop is decoded once into one uint8 tensor that stays on the device; an index tensor says what
-a step trains on: it gathers those rows, flips and rotates them in one batch, and runs one forward and backward pass.
+Data flows one way. Every crop is decoded once into one uint8 tensor that stays on the device. An
+index tensor says what a step trains on: `fit` gathers those rows, augments them in one batch, and
+runs one forward and one backward pass.
 
-[report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi; University of Trento).
+In this order: the data, augmentation, the network, the loop, files, devices and errors, and last
+the drawn people, which a first reading can skip.
+
+[report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi;
+University of Trento).
 """
-import argparse
-import atexit
+
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import socket
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,224 +33,335 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision import models
 
-# Class names in the order of their codes in the annotations, attributes in the order of [report] tables 2-4. The last
-# class of both colours, "multi", is the report's own (section 2): an identity with no single colour flagged.
+# Class names in the order of their codes in the annotations, attributes in the order of [report]
+# tables 2-4. The last class of both colours, "multi", is the report's own (section 2): an identity
+# with no single colour flagged.
 ATTRIBUTES = {
-    "age": ("young", "teenager", "adult", "old"), "gender": ("male", "female"), "hair": ("short", "long"),
-    "up": ("long", "short"), "down": ("long", "short"), "clothes": ("dress", "pants"),
-    "hat": ("no", "yes"), "backpack": ("no", "yes"), "bag": ("no", "yes"), "handbag": ("no", "yes"),
+    "age": ("young", "teenager", "adult", "old"),
+    "gender": ("male", "female"),
+    "hair": ("short", "long"),
+    "up": ("long", "short"),
+    "down": ("long", "short"),
+    "clothes": ("dress", "pants"),
+    "hat": ("no", "yes"),
+    "backpack": ("no", "yes"),
+    "bag": ("no", "yes"),
+    "handbag": ("no", "yes"),
     "upcolor": ("black", "white", "red", "purple", "yellow", "gray", "blue", "green", "multi"),
-    "downcolor": ("black", "white", "pink", "purple", "yellow", "gray", "blue", "green", "brown", "multi"),
+    "downcolor": (
+        "black",
+        "white",
+        "pink",
+        "purple",
+        "yellow",
+        "gray",
+        "blue",
+        "green",
+        "brown",
+        "multi",
+    ),
 }
-SIZES = [len(classes) for classes in ATTRIBUTES.values()]  # 41 classes in all
-# What annotates each: a column of codes or, for a colour, a column of flags for each class: upblack, upwhite and so on.
-COLUMNS = {a: [a[:-5] + name for name in classes[:-1]] if "color" in a else [a] for a, classes in ATTRIBUTES.items()}
+CLASS_COUNTS = [len(classes) for classes in ATTRIBUTES.values()]  # 41 classes in all
+# An attribute is annotated by a column of codes or, if it stands here, by a column of flags for
+# each class but the last, named by this prefix and the class: upblack, upwhite and so on.
+FLAG_PREFIXES = {"upcolor": "up", "downcolor": "down"}
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-IGNORED = ("thumbs.db", "desktop.ini")  # a system's own files
+IGNORED_FILES = ("thumbs.db", "desktop.ini")  # a system's own
 
 
 class UserError(ValueError):
-    """Something the user can put right. Its text is all that is shown: what is wrong, where, what to do."""
+    """Something the user can put right. Its text is all that is shown: what is wrong, where, what
+    to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------------
+# The data.
+
 
 @dataclass
 class Market:
-    """One part of a data set in Market-1501's layout, sorted by file name; junk (-1) and distractors (0) are kept."""
+    """A part of a data set in Market-1501's layout, sorted by file name; junk (-1) and distractors
+    (0) are kept."""
 
     images: torch.Tensor  # uint8 [N, 3, H, W], channels last in memory
     person_ids: torch.Tensor  # int64 [N]
     camera_ids: torch.Tensor  # int64 [N]
-    labels: torch.Tensor  # int64 [N, 12], class of each attribute; -1 where there is no annotation
+    labels: torch.Tensor  # int64 [N, 12], class of each attribute; -1: not annotated
     names: list[str]  # N file names
 
     def fingerprint(self):
-        """A hex string of names and labels, for a run to tell whether it resumes on what it began with."""
-        return hashlib.sha256(json.dumps([self.names, self.labels.tolist()]).encode()).hexdigest()
+        """A hex string of names and labels, for a run to know what it began with."""
+        known = json.dumps([self.names, self.labels.tolist()]).encode()
+        return hashlib.sha256(known).hexdigest()
 
 
 def load_market(root, part, size=(128, 64), annotated=True):
-    """Read `part` ("train", "query" or "gallery") of the data set in folder `root` into memory. size: (height, width);
-    crops of another are resized, with antialiasing. annotated: whether labels are wanted; else, and where there are no
-    annotations, they are -1. UserError names the file that is missing or unreadable."""
+    """Read a part ("train", "query" or "gallery") of the data set in folder `root`: -> `Market`.
+
+    size: (height, width); crops of another are resized. annotated: whether labels are wanted; else,
+    and where there are no annotations, they are -1. UserError names what is missing or unreadable.
+    """
     folder = Path(root) / PARTS[part]
-    names = sorted(n for n in os.listdir(folder) if n[0] != "." and n.lower() not in IGNORED) if folder.is_dir() else []
+    found = os.listdir(folder) if folder.is_dir() else []
+    names = sorted(name for name in found if not is_ignored(name))
     if not names:
-        raise UserError(f"There are no crops in {folder}: --data takes the folder that holds {PARTS[part]}.")
-    parsed = [re.match(r"(-1|\d{1,9})_c(\d{1,9}).*\.jpe?g$", n, re.IGNORECASE) for n in names]
-    if None in parsed:
-        raise UserError(f"{folder / names[parsed.index(None)]} is not named like a crop of Market-1501 "
-                        "(0002_c1s1_000451_03.jpg: identity 2, camera 1): rename it or move it out of the folder.")
-    ids, cameras = ([int(m[k]) for m in parsed] for k in (1, 2))
-    known = read_annotations(Path(root), "train" if part == "train" else "test") if annotated else {}
-    if known and (missing := [i for i in ids if i > 0 and i not in known]):
-        raise UserError(f"The annotations in {root} lack identity {missing[0]:04d}, which has crops in {folder.name}.")
-    labels = [known.get(i, [-1] * len(ATTRIBUTES)) for i in ids]
-    return Market(read_crops([folder / n for n in names], size)[0], *map(torch.tensor, (ids, cameras, labels)), names)
+        raise UserError(
+            f"There are no crops in {folder}: --data takes the folder that holds {PARTS[part]}."
+        )
+
+    parsed = [parse_crop_name(folder / name) for name in names]
+    person_ids = [person_id for person_id, _ in parsed]
+    camera_ids = [camera_id for _, camera_id in parsed]
+
+    annotations = {}
+    if annotated:
+        annotations = read_annotations(Path(root), "train" if part == "train" else "test")
+    missing = set(person_ids) - annotations.keys() - {-1, 0}
+    if annotations and missing:
+        raise UserError(
+            f"The annotations in {root} lack identity {min(missing):04d}, which has crops in "
+            f"{folder.name}."
+        )
+    labels = [annotations.get(person_id, [-1] * len(ATTRIBUTES)) for person_id in person_ids]
+
+    images, _ = read_crops([folder / name for name in names], size)
+    return Market(
+        images, torch.tensor(person_ids), torch.tensor(camera_ids), torch.tensor(labels), names
+    )
+
+
+def is_ignored(name):
+    """Whether a file or folder of that name is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in IGNORED_FILES
+
+
+def parse_crop_name(path):
+    """0002_c1s1_000451_03.jpg -> (2, 1): identity and camera."""
+    match = re.match(r"(-1|\d{1,9})_c(\d{1,9}).*\.jpe?g$", path.name, re.IGNORECASE)
+    if match is None:
+        raise UserError(
+            f"{path} is not named like a crop of Market-1501 (0002_c1s1_000451_03.jpg: identity 2, "
+            "camera 1): rename it or move it out of the folder."
+        )
+    return int(match[1]), int(match[2])
+
+
+def annotation_columns(attribute):
+    """The names of the columns that annotate an attribute: one of codes, or one of flags for each
+    class but the last."""
+    if attribute not in FLAG_PREFIXES:
+        return [attribute]
+    return [FLAG_PREFIXES[attribute] + name for name in ATTRIBUTES[attribute][:-1]]
 
 
 def read_annotations(root, half):
-    """Annotations of a half ("train" or "test"): dict of identity -> list of 12 classes; empty where there are none.
-    Two formats, both coded from 1: the course's CSV, and the authors' market_attribute.mat, whose two halves hold their
-    fields in different orders. Both are read by name."""
-    sources = [root / name for name in (f"annotations_{half}.csv", "market_attribute.mat")]
-    if not (source := next(filter(Path.is_file, sources), None)):
+    """Annotations of a half, "train" or "test": dict of identity -> list of 12 classes; empty where
+    there are none. All columns are found by name and coded from 1 (flags: 1 no, 2 yes)."""
+    source = root / f"annotations_{half}.csv"
+    if not source.is_file():
+        source = root / "market_attribute.mat"
+    if not source.is_file():
         return {}
+    columns = read_annotation_table(source, half)
+
+    def read_column(name, highest):
+        if name not in columns or f"{name}_1" in columns:  # NumPy's name for the second of two
+            raise UserError(f"{source} does not have one column '{name}'.")
+        for person_id, value in zip(columns["id"], columns[name]):
+            if not 1 <= value <= highest or value % 1 != 0:
+                raise UserError(
+                    f"{source}: '{name}' of identity {person_id:g} is {value:g}, not one of 1 to "
+                    f"{highest}."
+                )
+        return columns[name].astype(int)
+
+    person_ids = read_column("id", 10**9).tolist()
+    if len(set(person_ids)) < len(person_ids):
+        raise UserError(f"{source} names an identity twice.")
+    codes = []
+    for attribute, classes in ATTRIBUTES.items():
+        names = annotation_columns(attribute)
+        if attribute in FLAG_PREFIXES:
+            flags = np.stack([read_column(name, 2) - 1 for name in names])
+            one_flag = flags.sum(0) == 1
+            codes.append(np.where(one_flag, flags.argmax(0), len(classes) - 1))
+        else:
+            codes.append(read_column(attribute, len(classes)) - 1)
+    return dict(zip(person_ids, np.stack(codes, 1).tolist()))
+
+
+def read_annotation_table(source, half):
+    """Read a CSV file, or the authors' .mat, whose two halves hold their fields in different
+    orders: -> dict of column name -> float array, all of one length; identities are "id"."""
     try:
         if source.suffix == ".csv":
             text = source.read_text("utf-8-sig").replace('"', "").replace(";", ",")
-            lines = [line.rstrip(" ,\t") for line in text.splitlines()] or ["nothing"]
-            table = np.genfromtxt(lines, delimiter=",", names=True, ndmin=1)
+            lines = [line.rstrip(" ,\t") for line in text.splitlines()]
+            table = np.genfromtxt(lines or ["nothing"], delimiter=",", names=True, ndmin=1)
         else:
             from scipy.io import loadmat
+
             table = loadmat(source, squeeze_me=True)["market_attribute"][half].item()
-        columns = {name.replace("image_index", "id"): np.array(table[name].tolist(), float, ndmin=1)
-                   for name in table.dtype.names}
-        np.stack(list(columns.values()))  # all of one length
+        columns = {}
+        for name in table.dtype.names:
+            key = "id" if name == "image_index" else name
+            columns[key] = np.array(table[name].tolist(), float, ndmin=1)
+        np.stack(list(columns.values()))  # an error if they are not of one length
     except ImportError:
-        raise UserError(f"{source} is a MATLAB file, and reading it takes SciPy: pip install scipy.") from None
+        raise UserError(
+            f"{source} is a MATLAB file, and reading it takes SciPy: pip install scipy."
+        ) from None
     except Exception as error:  # NumPy and SciPy raise a dozen types on a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{source} cannot be read as annotations ({reason}).") from None
-
-    def column(name, highest):
-        if name not in columns or f"{name}_1" in columns:  # NumPy's name for the second of two
-            raise UserError(f"{source} does not have one column '{name}'.")
-        for person, value in zip(columns["id"], columns[name]):
-            if not 1 <= value <= highest or value % 1:
-                raise UserError(f"{source}: '{name}' of identity {person:g} is {value:g}, not one of 1 to {highest}.")
-        return columns[name].astype(int)
-
-    ids, codes = column("id", 10**9).tolist(), []
-    for names, count in zip(COLUMNS.values(), SIZES):
-        values = np.stack([column(name, 2 if names[1:] else count) for name in names]) - 1
-        codes.append(np.where(values.sum(0) == 1, values.argmax(0), len(names)) if names[1:] else values[0])
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{source} names an identity twice.")
-    return dict(zip(ids, np.stack(codes, 1).tolist()))
+    return columns
 
 
 def read_crops(paths, size, skip=False):
-    """Decode image files in threads: -> (uint8 [N, 3, H, W], channels last in memory, the paths of these).
+    """Decode image files in threads: -> (uint8 [N, 3, H, W], channels last in memory, their paths).
 
-    Crops of another size than `size`, (height, width), are resized, with antialiasing. What cannot be read is a
-    UserError or, with skip, named on stderr and left out."""
-    crops = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
-    pixels = crops.numpy()  # the same memory
+    Those of another size than `size`, (height, width), are resized, with antialiasing. What cannot
+    be read is a UserError or, with skip, named on stderr and left out."""
     height, width = size
+    crops = torch.empty(len(paths), height, width, 3, dtype=torch.uint8)
+    pixels = crops.numpy()  # the same memory
 
     def read(row):
         try:
             image = read_image(paths[row])
         except UserError as error:
-            if not skip:
-                raise
-            return str(error)
+            if skip:
+                return " ".join(str(error).splitlines())
+            raise
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels[row] = image
         return None
 
-    good = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for row, failure in enumerate(pool.map(read, range(len(paths)))):
-            if failure is None:
-                good.append(row)
-            else:
-                print(f"Skipped: {' '.join(failure.splitlines())}", file=sys.stderr)
-            if row % 1000 == 999:
-                progress(f"reading {row + 1} of {len(paths)}")
-    progress("")
+        failures = list(pool.map(read, range(len(paths))))
+    for failure in filter(None, failures):
+        print(f"Skipped: {failure}", file=sys.stderr)
+    good = [row for row, failure in enumerate(failures) if failure is None]
     if len(good) < len(paths):
         crops = crops[good]
     return crops.permute(0, 3, 1, 2), [paths[row] for row in good]
 
 
 def read_image(path):
-    """Read an image of any format that Pillow knows: -> Pillow image, RGB, upright, transparency laid on white."""
+    """Read an image of any format that Pillow knows: -> Pillow image, RGB, upright, transparency
+    laid on white."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
-        raise UserError(f"{path} is not a readable image ({error}): replace it or move it out of the folder.") from None
-
-
-def user_files(paths):
-    """The user's own files, and all in folders and below, but for hidden ones: -> list of Path."""
-    files = []
-    for path in map(Path, paths):
-        walk = [] if path.is_file() else os.walk(path, onerror=lambda error: print(
-            f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr))
-        inside = sorted(Path(folder, name) for folder, _, found in walk for name in found)
-        files += [path] if path.is_file() else [p for p in inside if p.is_file() and p.name.lower() not in IGNORED
-                                                and not any(part[0] == "." for part in p.relative_to(path).parts)]
-    return files
+        raise UserError(
+            f"{path} is not a readable image ({error}): replace it or move it out of the folder."
+        ) from None
 
 
 def split_identities(person_ids, fraction=0.6, seed=0):
-    """Split by identity, all crops of one on one side ([report] section 2): (train [N] bool, validation [N] bool)."""
-    ids = person_ids.unique()
-    count = round(fraction * len(ids))
-    if count < 2 or len(ids) - count < 2:
-        raise UserError(f"{len(ids)} identities are too few to split: training and validation need two each.")
-    train = torch.isin(person_ids, ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]])
+    """Split by identity, all crops of one on one side ([report] section 2): int64 [N] ->
+    (train [N] bool, validation [N] bool)."""
+    identities = person_ids.unique()
+    count = round(fraction * len(identities))
+    if count < 2 or len(identities) - count < 2:
+        raise UserError(
+            f"{len(identities)} identities are too few to split: either side needs two."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(identities), generator=generator)[:count]
+    train = torch.isin(person_ids, identities[chosen])
     return train, ~train
 
 
-# ------------------------------------------------------------------------------------------- the network and its input
+# ------------------------------------------------------------------------------------------
+# Augmentation.
 
-def random_warp(count, size, generator, degrees=10.0, shift=0.0, erase=0.0):
-    """Augmentation of [report] section 2, flip (p 0.5) and rotation (uniform in +-degrees): float32 [count, 2, 5].
-    A matrix per image for `affine_grid`, whose coordinates run from -1 to 1 on both axes (hence the aspect ratio), and
-    from where to where, across and down, it is erased. Beyond the report, for strong, which does not turn: a shift by
-    a part of each side, and with probability `erase` a rectangle, 2 to 40 % of the image and at most 3.3 times as long
-    as wide (Zhong et al. 2020), cut to the image's sides."""
+
+def random_affine(count, size, generator, degrees=10.0, shift=0.0):
+    """Draw the augmentation of [report] section 2: float32 [count, 2, 3], for `augment`.
+
+    A matrix each for `affine_grid`, whose coordinates run from -1 to 1 on both axes, hence the
+    aspect ratio: a flip (p 0.5) and a rotation (uniform in +-degrees). Beyond the report, a shift,
+    uniform in +-shift of each side. size: (height, width)."""
     angle = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
-    sin, cos, aspect = angle.sin(), angle.cos(), size[0] / size[1]
-    move, begin, end = torch.zeros(3, count, 2)
-    if shift:
+    move = torch.zeros(count, 2)
+    if shift > 0:
         move = 2 * shift * (torch.rand(count, 2, generator=generator) * 2 - 1)
-    if erase:
-        area, tall, chance = torch.rand(3, count, generator=generator)
-        tall, area = 3.3 ** (2 * tall - 1) / aspect, (0.02 + 0.38 * area) * (chance < erase)
-        sides = 2 * torch.stack([(area / tall).sqrt(), (area * tall).sqrt()], 1).clamp(max=1)
-        begin = torch.rand(count, 2, generator=generator) * (2 - sides) - 1
-        end = begin + sides
-    turn = torch.stack([mirror * cos, -mirror * sin * aspect, sin / aspect, cos], 1).view(count, 2, 2)
-    return torch.cat([turn, torch.stack([move, begin, end], 2)], 2)
+    aspect = size[0] / size[1]
+    sin = angle.sin()
+    cos = angle.cos()
+    right = torch.stack([mirror * cos, -mirror * sin * aspect, move[:, 0]], 1)
+    down = torch.stack([sin / aspect, cos, move[:, 1]], 1)
+    return torch.stack([right, down], 1)
 
 
-def augment(crops, warp):
-    """Apply `random_warp`, [B, 2, 5], to crops [B, 3, H, W]: float32, black outside, the mean colour where erased."""
-    grid = F.affine_grid(warp[:, :, :3], list(crops.shape), align_corners=False)
-    x = F.grid_sample(crops.float().contiguous(memory_format=layout(crops.device)), grid, align_corners=False)
-    centres = ((2 * torch.arange(side, device=x.device) + 1) / side - 1 for side in (x.shape[3], x.shape[2]))
-    inside = [(at >= warp[:, k, 3:4]) & (at < warp[:, k, 4:]) for k, at in enumerate(centres)]  # [B, W], [B, H]
-    return torch.where((inside[0][:, None] & inside[1][:, :, None])[:, None], x.mean((0, 2, 3), keepdim=True), x)
+def random_boxes(count, size, generator, probability=0.5):
+    """Draw what random erasing covers (Zhong et al. 2020): float32 [count, 4], for `augment`.
+
+    left, top, right, bottom, from -1 to 1; with the probability a rectangle of 2 to 40 % of the
+    image, at most 3.3 times as long as wide, cut to the image's sides; else an empty one.
+    size: (height, width)."""
+    area, ratio, chance = torch.rand(3, count, generator=generator)
+    aspect = size[0] / size[1]
+    ratio = 3.3 ** (2 * ratio - 1) / aspect  # height / width, in the coordinates
+    area = (0.02 + 0.38 * area) * (chance < probability)
+    sides = 2 * torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).clamp(max=1)
+    corner = torch.rand(count, 2, generator=generator) * (2 - sides) - 1
+    return torch.cat([corner, corner + sides], 1)
+
+
+def augment(crops, affine, boxes):
+    """Turn, flip and shift crops [B, 3, H, W] by `random_affine`, and erase `random_boxes`, which
+    are all empty if they are 0: float32, black outside, the mean colour where erased.
+
+    Not under autocast: bfloat16 coordinates would shake the pixels."""
+    grid = F.affine_grid(affine, list(crops.shape), align_corners=False)
+    crops = crops.float().contiguous(memory_format=layout(crops.device))
+    crops = F.grid_sample(crops, grid, align_corners=False)
+
+    height, width = crops.shape[2:]
+    x = (2 * torch.arange(width, device=crops.device) + 1) / width - 1  # of the pixels' centres
+    y = (2 * torch.arange(height, device=crops.device) + 1) / height - 1
+    left, top, right, bottom = boxes[:, :, None].unbind(1)  # [B, 1] each
+    columns = (x >= left) & (x < right)  # [B, W]
+    rows = (y >= top) & (y < bottom)  # [B, H]
+    erased = columns[:, None, None, :] & rows[:, None, :, None]
+    return torch.where(erased, crops.mean((0, 2, 3), keepdim=True), crops)
+
+
+# ------------------------------------------------------------------------------------------
+# The network.
+
+
+# Another ResNet fits in: models.resnet50, and models.ResNet50_Weights.IMAGENET1K_V2.
+make_resnet = models.resnet18
+IMAGENET_WEIGHTS = models.ResNet18_Weights.IMAGENET1K_V1
 
 
 class MatrixConv2d(nn.Module):
-    """A 3x3 convolution, padded by 1, as one matrix product over gathered neighbourhoods: the same sums.
+    """A 3x3 convolution, padded by 1, as one matrix product over gathered neighbourhoods: the same
+    sums.
 
-    On a CPU and the small maps of the last stage, of 4x2 pixels, forward and backward take half to two thirds of
-    oneDNN's time this way, which is a tenth of a training step. Elsewhere it is an ordinary convolution."""
+    On a CPU and the small maps of the last stage, of 4x2 pixels, forward and backward take half to
+    two thirds of oneDNN's time this way, which is a tenth of a training step. Elsewhere it is an
+    ordinary convolution."""
 
     def __init__(self, conv):
         super().__init__()
@@ -270,29 +383,56 @@ class MatrixConv2d(nn.Module):
 
 
 def layout(device):
-    """How filters and crops lie in memory: channels last is fastest; on MPS wrong (PyTorch issues 174339, 175189)."""
+    """How filters and crops lie in memory: channels last is fastest, but on MPS wrong (PyTorch
+    issues 174339, 175189)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-class Backbone(nn.Module):
-    """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the last feature map
-    [B, width, h, w], its mean over the places [B, width]). state: as of `backbone_weights`; None: random. With "stride"
-    in rungs, the last stage's is 1. Another network fits in if it has a `width` and gives such a pair."""
+def precision(device):
+    """What autocast computes in: "bfloat16" where the device has it, else "float32", as emulation
+    would only cost time."""
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
-    def __init__(self, state=None, rungs=()):
+
+def autocast(device):
+    """A context in which a network computes in the device's `precision`."""
+    return torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16")
+
+
+class Backbone(nn.Module):
+    """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the
+    last feature map [B, width, h, w], its mean over the places [B, width]).
+
+    state: as of `backbone_weights`; None: random. last_stride: of the last stage; the strong recipe
+    has 1, for a map twice as high and wide. Another network fits in if it has a `width` and gives
+    such a pair."""
+
+    def __init__(self, state=None, last_stride=2):
         super().__init__()
-        net = resnet18()
-        net.load_state_dict(state or net.state_dict())
-        net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (1, 1) if "stride" in rungs else (2, 2)
-        for block in net.layer4:
-            for name, layer in list(block.named_children()):
-                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+        network = make_resnet()
+        if state is not None:
+            network.load_state_dict(state)
+        self.width = network.fc.in_features
+        self.net = nn.Sequential(*list(network.children())[:-2])  # no avgpool, no fc
+        for block in network.layer4:
+            for name, layer in list(block.named_modules()):
+                if not isinstance(layer, nn.Conv2d):
+                    continue
+                if layer.stride == (2, 2):
+                    layer.stride = (last_stride, last_stride)
+                if layer.kernel_size == (3, 3):
                     setattr(block, name, MatrixConv2d(layer))
-        self.width = net.fc.in_features
-        self.net = nn.Sequential(*[*net.children()][:-2])  # no avgpool, no fc
-        # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can forget them.
-        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can
+        # forget them.
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        self.register_buffer("mean", 255 * mean, persistent=False)
+        self.register_buffer("std", 255 * std, persistent=False)
 
     def forward(self, crops):
         x = (crops.float() - self.mean) / self.std
@@ -301,48 +441,64 @@ class Backbone(nn.Module):
 
 
 def backbone_weights(args):
-    """State dict for `Backbone`: ImageNet's, downloaded once, or a file's; None: random, or of a run that resumes."""
-    if (choice := args.weights) == "none" or args.resume and args.out.with_suffix(".last").exists():
+    """State dict for `Backbone`: ImageNet's, downloaded once, or a file's. None: random weights, or
+    those of a run that resumes."""
+    resumes = args.resume and args.out.with_suffix(".last").exists()
+    if args.weights == "none" or resumes:
         return None
-    if choice == "imagenet":
-        socket.setdefaulttimeout(20)  # else a network that swallows packets hangs this for minutes
-        try:
-            return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
-        except Exception as error:  # of the network, of the hash, of a damaged file
-            raise UserError(f"ImageNet weights could not be had ({error}): pass --weights none to start from random "
-                            f"weights, or --weights FILE, a copy of {ResNet18_Weights.IMAGENET1K_V1.url}.") from None
-        finally:
-            socket.setdefaulttimeout(None)
-    state, expected = torch_load(choice), resnet18().state_dict()
-    # Published files are older than num_batches_tracked, and their classes are not ours.
-    needed = [k for k in expected if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
-    if not isinstance(state, dict) or any(getattr(state.get(k), "shape", None) != expected[k].shape for k in needed):
-        raise UserError(f"{choice} is not a state dict of torchvision's ResNet18, which --weights needs.")
-    return expected | {k: state[k] for k in needed}
+    if args.weights == "imagenet":
+        return download_imagenet_weights()
+
+    state = torch_load(args.weights)
+    expected = make_resnet().state_dict()
+    if not isinstance(state, dict):
+        state = {}
+    needed = {}
+    for name, tensor in expected.items():
+        # A file's classes are not ours, and published files are older than num_batches_tracked.
+        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+            continue
+        needed[name] = state.get(name)
+        if getattr(needed[name], "shape", None) != tensor.shape:
+            raise UserError(
+                f"{args.weights} is not a state dict of torchvision's {make_resnet.__name__}."
+            )
+    return expected | needed
 
 
-# -------------------------------------------------------------------------------------------------------- the loop
+def download_imagenet_weights():
+    """ImageNet's weights from torchvision, kept in its cache; UserError says what else will do."""
+    socket.setdefaulttimeout(20)  # else a network that swallows packets hangs this for minutes
+    try:
+        return IMAGENET_WEIGHTS.get_state_dict(check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, of the hash, of a damaged file
+        raise UserError(
+            f"ImageNet weights could not be had ({error}): pass --weights none to start from "
+            f"random weights, or --weights FILE, a copy of {IMAGENET_WEIGHTS.url}."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+# ------------------------------------------------------------------------------------------
+# The loop.
+
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear from 0 to `peak` over the first `warmup` of all steps, then linear to 0 ([report] section 4.1)."""
+    """Linear from 0 to `peak` over the first `warmup` of all steps, then linear to 0 ([report]
+    section 4.1)."""
     rise = max(1, round(warmup * steps))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-def precision(device):
-    """What autocast computes in: "bfloat16" where the device has it, else "float32": emulation would only cost time."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "cpu" \
-        and any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
-    return "bfloat16" if fast else "float32"
-
-
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for convolution filters (Jordan et al. 2024); PyTorch has it for matrices from 2.9 on.
+    """Orthogonalised momentum for convolution filters (Jordan et al. 2024).
 
-    A filter bank [out, in, 3, 3] counts as a matrix [out, in * 9]. It moves, by twenty times the learning rate, along
-    its Nesterov momentum with all large singular values brought near 1, so that they learn at one pace. Three
-    iterations do that for singular values from 0.02 of the norm on, which 28 to 54 % of the directions of the last
-    stage have; smaller ones stay smaller. There is no weight decay."""
+    Filters [out, in, 3, 3] count as a matrix [out, in * 9]. It moves, by twenty times the learning
+    rate, along its Nesterov momentum (0.9) with all large singular values brought near 1, so that
+    those directions learn at one pace. Three iterations do that for singular values from 0.02 of
+    the norm on, which 28 to 54 % of the directions of the last stage have; smaller ones stay
+    smaller. There is no weight decay. PyTorch has a Muon for matrices from 2.9 on."""
 
     def __init__(self, filters, lr):
         super().__init__(filters, {"lr": lr})
@@ -351,8 +507,6 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         group = self.param_groups[0]
         for filters in group["params"]:
-            if filters.grad is None:
-                continue
             state = self.state[filters]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(filters)
@@ -363,7 +517,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix):
-    """Bring the large singular values of a matrix near 1 by three Newton-Schulz iterations (Jordan et al. 2024)."""
+    """Bring the large singular values of a matrix near 1, by three Newton-Schulz iterations."""
     x = matrix / (matrix.norm() + 1e-9)
     x = x.to(getattr(torch, precision(x.device)))
     for _ in range(3):
@@ -373,21 +527,23 @@ def orthogonalise(matrix):
     return x.to(matrix.dtype)
 
 
-def infer(model, crops, rows=None, pixels=512 * 128 * 64):
-    """Run `model` in evaluation mode over crops[rows], so many pixels at once: -> float32 [N, D] on its device."""
-    batch, device = max(1, pixels // crops[0, 0].numel()), next(model.parameters()).device
-    rows = torch.arange(len(crops)) if rows is None else rows
-    parts = rows.split(batch)
-    model.to(memory_format=layout(device)).eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-        output = torch.cat([model(crops[part].to(device)) for part in parts]).float()
-    if not output.isfinite().all():
-        raise UserError("The network's output holds NaN or infinity: its training diverged. Train with a lower --lr.")
-    return output
+def make_optimizers(module, args):
+    """AdamW, with PyTorch's weight decay of 0.01, for all parameters of a module; in the strong
+    recipe Muon for its convolution filters instead."""
+    filters = []
+    if "muon" in args.rungs:
+        filters = [parameter for parameter in module.parameters() if parameter.dim() == 4]
+    of_muon = set(filters)
+    others = [parameter for parameter in module.parameters() if parameter not in of_muon]
+    optimizers = [torch.optim.AdamW(others, lr=args.lr, fused=True)]
+    if filters:
+        optimizers.append(Muon(filters, args.lr))
+    return optimizers
 
 
 class TrainingStep(nn.Module):
-    """A model's forward pass and its loss in one module, so that DistributedDataParallel sees all that is trained."""
+    """A model's forward pass and its loss as one module, so that DistributedDataParallel and the
+    optimisers see all parameters that are trained, the loss's own too."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -395,177 +551,322 @@ class TrainingStep(nn.Module):
         self.loss = loss
 
     def forward(self, crops, rows):
-        device = crops.device
-        with torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16"):
-            outputs = self.model(crops)
-        return self.loss(outputs.float().unflatten(0, rows.shape), rows)
+        with autocast(crops.device):
+            output = self.model(crops)
+        return self.loss(output, rows)
 
 
-def fit(model, crops, plan, criterion, validate, args, checkpoint):
-    """Train `model` as both stages of the report do and leave its best state in it; the only training loop here.
+def infer(model, crops, rows=None, pixels=512 * 128 * 64):
+    """Run `model` in evaluation mode over crops[rows], so many pixels at once: -> what it returns,
+    a NamedTuple of float32 tensors or None, of all rows, on its device."""
+    if rows is None:
+        rows = torch.arange(len(crops))
+    batch = max(1, pixels // crops[0, 0].numel())
+    device = next(model.parameters()).device
+    model.to(memory_format=layout(device)).eval()
+    with torch.inference_mode(), autocast(device):
+        outputs = [model(crops[part].to(device)) for part in rows.split(batch)]
 
-    crops       uint8 [N, 3, H, W], copied to the device if that has twice the room
-    plan        generator -> int64 [n, k], drawn anew for each epoch: n items, each of k rows of `crops` (1 for
-                attributes, 3 for a triplet). A step takes B of them, their k x B crops in one forward pass
-    criterion   (the model's outputs [k, B, ...], the rows of `crops` they belong to [k, B]) -> scalar loss
-    validate    () -> dict of figures; the first decides which epoch is best (without any, the last) and when to stop
-    checkpoint  what the file args.out says beside the model's weights; its "record" stands beside that file as JSON too
+    def join(parts):
+        if parts[0] is None:
+            return None
+        joined = torch.cat(parts)
+        if not joined.isfinite().all():
+            raise UserError(
+                "The network's output holds NaN or infinity: its training diverged. Train with a "
+                "lower --lr."
+            )
+        return joined
 
-    AdamW; in the strong recipe Muon for all filters but grouped ones, which are many matrices. Items that fill no batch
-    are left out. Of several processes each takes its slice of every batch, and DistributedDataParallel averages their
-    gradients: all hold the same weights. All validate, and the first one's figures count. After each epoch args.out, with the ending .last, holds all that --resume needs. Returns the record."""
-    device, out, (rank, world) = next(model.parameters()).device, args.out, processes()
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
-    record = checkpoint["record"] = copy.deepcopy(checkpoint["record"]) | {
-        "arguments": arguments, "run": os.urandom(8).hex(), "metrics": [], "epochs": [], "best epoch": 0}
-    generator, cuda = torch.Generator().manual_seed(args.seed), device.type == "cuda"
-    random = torch if device.type == "cpu" else getattr(torch, device.type)  # where dropout draws
-    if not cuda or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+    return type(outputs[0])(*map(join, zip(*outputs)))
+
+
+def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
+    """Train `model` as both stages do, to the weights of its best epoch: the only training loop.
+
+    crops         uint8 [N, 3, H, W], copied to the device if that has twice the room
+    sample_epoch  generator -> int64 [n, k], an epoch's n items, each of k rows of `crops`: 1 for
+                  attributes, 3 for a triplet. A step takes the k x B crops of B items
+    loss          nn.Module: (the model's output for k x B crops, their rows [k, B]) -> scalar; its
+                  parameters, if any, are trained as well
+    validate      () -> dict of figures, the first of which says which epoch is best; None: the last
+    args          the command line's, after `par.start`
+    checkpoint    what the file args.out says beside weights; its "record" is completed here
+
+    Of several processes each trains on its slice of every batch. All validate, and the first one's
+    figures count. Returns the record."""
+    device = next(model.parameters()).device
+    rank, world = processes()
+    record = checkpoint["record"] = begin_record(checkpoint["record"], args)
+    generator = torch.Generator().manual_seed(args.seed)
+    if device.type != "cuda" or crops.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         crops = crops.to(device)
+    training_step = TrainingStep(model, loss).to(device, memory_format=layout(device))
+    optimizers = make_optimizers(training_step, args)
+    best_weights = None
+    if args.resume:
+        best_weights = load_training_state(checkpoint, args, training_step, optimizers, generator)
+    run_step = DistributedDataParallel(training_step) if world > 1 else training_step
 
-    model.to(memory_format=layout(device))
-    filters = []
-    if "muon" in args.rungs:
-        filters = [p for p in model.parameters() if p.dim() == 4]
-    with_muon = set(filters)
-    others = [p for p in model.parameters() if p not in with_muon]
-    optimizers = [torch.optim.AdamW(others, lr=args.lr, fused=True)]
-    if filters:
-        optimizers.append(Muon(filters, args.lr))
-    warps = {"degrees": 0, "shift": 0.05 * ("shift" in args.rungs), "erase": 0.5 * ("erasing" in args.rungs)}
-
-    training_step = TrainingStep(model, criterion)
-    if world > 1:
-        training_step = DistributedDataParallel(training_step)
-
-    def step(pixels, warp, rows, lr):
-        x = augment(pixels, warp)  # not under autocast: bfloat16 coordinates would shake the pixels
-        loss = training_step(x, rows)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
-
-    best = None  # the weights of the best epoch
-    if args.resume and (last := load_last(out, checkpoint)):
-        model.load_state_dict(last["model"])
-        for optimizer, moments in zip(optimizers, last["moments"], strict=True):
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        generator.set_state(last["generator"])
-        if device.type in last["random"]:
-            random.set_rng_state(last["random"][device.type])
-        best = torch_load(out)["model"]
     for epoch in range(len(record["epochs"]) + 1, args.epochs + 1):
         if epoch - 1 - record["best epoch"] >= args.patience:
-            print(f"Stopped early: {record['metrics'][0]} is no better than {args.patience} epochs ago.")
+            print(f"Stopped early: no epoch was better in the last {args.patience}.")
             break
-        rows = plan(generator)
-        width = rows.shape[1]
-        batch = min(args.batch, len(rows)) // world * world
-        if batch < 2 * world:
-            raise UserError(f"An epoch has {len(rows)} items, too few for {world} processes with two or more each: "
-                            "take more crops.")
-        steps = len(rows) // batch
-        warp = random_warp(rows.numel(), crops.shape[2:], generator, **warps if args.recipe == "strong" else {})
-        rows, warp = (part[:steps * batch].unflatten(0, (steps, batch)).tensor_split(world, 1)[rank].transpose(1, 2)
-                      .to(device) for part in (rows, warp.view(*rows.shape, 2, 5)))  # [steps, k, B], [..., 2, 5]
-        losses = torch.zeros(steps, device=device)
-        if world > 1:  # so that dropout differs from process to process, and is known to --resume
+
+        # 1. Draw the epoch's items and their augmentation, and cut them into whole batches.
+        drawn = draw_epoch(sample_epoch, crops.shape[2:], generator, args, device)
+        steps = len(drawn.batches)
+        if world > 1:  # so that dropout differs from process to process, and --resume knows it
             torch.manual_seed(args.seed + epoch * world + rank)
-        model.train()
-        begin = shown = time.perf_counter()
-        for k, items, warped in zip(range(steps), rows, warp):
-            lr = learning_rate((epoch - 1) * steps + k, args.epochs * steps, args.lr, args.warmup)
-            losses[k] = step(crops[items.flatten().to(crops.device)].to(device), warped.flatten(0, 1), items, lr)
-            # Only here does the host wait for a GPU that holds the crops: after an epoch, or twice a second if watched.
-            if k + 1 == steps or time.perf_counter() - shown > 0.5 and (not cuda or sys.stderr.isatty()):
-                done, shown = losses[:k + 1].cpu(), time.perf_counter()
-                if not done.isfinite().all():
-                    raise UserError(f"The loss became {done[-1].item()} in epoch {epoch}: try a lower --lr. "
-                                    + (f"{out} keeps epoch {record['best epoch']}." if best else "Nothing is written."))
-                speed = (k + 1) * batch * width / (shown - begin)
-                left = round(((args.epochs - epoch + 1) * steps - k - 1) * batch * width / speed)
-                progress(f"epoch {epoch}/{args.epochs}  step {k + 1}/{steps}  loss {done.mean().item():.4f}  "
-                         f"{speed:.0f} images/s  {left // 60}:{left % 60:02} left")
-        record["seconds"]["training"] = round(record["seconds"].get("training", 0) + shown - begin, 2)
-        if world > 1:
-            dist.all_reduce(losses)
-            losses /= world
-        with timed(record["seconds"], "validation"):
-            figures = validate()
-        if world > 1:  # the first process's, so that all stop alike, as no two GPUs need compute the same
-            shared = [figures]
-            dist.broadcast_object_list(shared, src=0)
-            figures = shared[0]
+
+        # 2. Train: rate, gather, augment, forward, loss, backward, step.
+        training_step.train()
+        losses = torch.zeros(steps, device=device)
+        images_per_step = drawn.batches[0].numel() * world
+        begin = time.perf_counter()
+        for step, batch in enumerate(drawn.batches):  # [k, B]
+            done = (epoch - 1) * steps + step
+            rate = learning_rate(done, args.epochs * steps, args.lr, args.warmup)
+            places = batch.flatten()  # [k * B]
+            images = crops[drawn.rows[places].to(crops.device)].to(device)
+            images = augment(images, drawn.affine[places], drawn.boxes[places])
+            step_loss = run_step(images, drawn.rows[batch])
+            step_loss.backward()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+            losses[step] = step_loss.detach()
+            if step % 10 == 9 and sys.stderr.isatty():  # a GPU must be waited for
+                show_progress(epoch, args.epochs, step + 1, steps, losses, begin, images_per_step)
+
+        # 3. Look for NaN, validate, and see whether this epoch is the best.
+        row = {"epoch": epoch, "loss": mean_loss(losses), "lr": rate}
+        seconds = time.perf_counter() - begin
+        check_loss(row["loss"], record, args.out)
+        figures = {}
+        if validate is not None:
+            with timed(record["seconds"], "validation"):
+                figures = from_first_process(validate())
+        row |= figures
+        row["seconds"] = round(seconds, 3)
+        row["images_per_second"] = round(steps * images_per_step / seconds, 1)
+        is_best = add_epoch(record, row, list(figures))
+
+        # 4. Save. A kill may come between any two of these writes. The record claims the name, if
+        # no other run has since. The best checkpoint comes before the state to resume: if that is
+        # older, its epoch is trained again to the same bits; if it were newer, the weights of its
+        # best epoch would be lost.
         if epoch == 1:
-            set_aside(out)
-        record["epochs"].append({"epoch": epoch, "loss": losses.mean().item(), "lr": lr, **figures,
-                                 "seconds": round(shown - begin, 3), "images_per_second": round(speed, 1)})
-        record["metrics"] = list(figures) or ["epoch"]
-        record["best epoch"] = max(record["epochs"], key=lambda row: row[record["metrics"][0]])["epoch"]
-        # A kill may come between any two of these. The record claims the name, and no other run may have since. The
-        # best checkpoint comes before the state to resume: if only the state were older, its epoch is trained again to
-        # the same bits; were it newer, the weights of its best epoch would be lost.
-        write_record(out, record)
+            set_aside(args.out)
+        write_record(args.out, record)
         checkpoint["model"] = model.state_dict()
-        if record["best epoch"] == epoch:
-            best = copy.deepcopy(checkpoint["model"])
-            save_checkpoint(out, checkpoint)
-        save_checkpoint(out.with_suffix(".last"), checkpoint | {
-            "moments": [optimizer.state_dict()["state"] for optimizer in optimizers],
-            "generator": generator.get_state(), "random": {device.type: random.get_rng_state()}})
-        told = "  validation " * bool(figures) + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items())
-        progress("")
-        print(f"epoch {epoch:2}/{args.epochs}  loss {losses.mean().item():.4f}  {speed:.0f} images/s" + told
-              + "  *" * (record["best epoch"] == epoch and bool(figures)), flush=True)
-    model.load_state_dict(best)
+        if is_best:
+            best_weights = copy.deepcopy(checkpoint["model"])
+            save_checkpoint(args.out, checkpoint)
+        save_training_state(checkpoint, args, training_step, optimizers, generator)
+        print(describe_epoch(row, args.epochs, figures, is_best), flush=True)
+
+    # 5. End with the best epoch's weights.
+    model.load_state_dict(best_weights)
     return record
 
 
-def progress(text):
-    """Show one line that the next call overwrites; nothing where the output is a file or the process not the first."""
-    if processes()[0] > 0:
+def begin_record(record, args):
+    """A record with what `fit` keeps there; no figures yet."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    del arguments["resume"]
+    run = os.urandom(8).hex()  # tells this run's files from another's
+    figures = {"metrics": [], "epochs": [], "best epoch": 0}
+    return record | {"arguments": arguments, "run": run} | figures
+
+
+class Epoch(NamedTuple):
+    """What an epoch trains on, on the device: n items of k rows each, in batches of B items."""
+
+    rows: torch.Tensor  # int64 [n * k], of the crops
+    affine: torch.Tensor  # float32 [n * k, 2, 3]
+    boxes: torch.Tensor  # float32 [n * k, 4]
+    batches: torch.Tensor  # int64 [steps, k, B], places in the other three
+
+
+def draw_epoch(sample_epoch, size, generator, args, device):
+    """Draw an epoch's items and, by the recipe, their augmentation, and cut them into batches, of
+    which each process gets its slice: -> `Epoch`. size: (height, width) of the crops."""
+    items = sample_epoch(generator)  # [n, k]
+    count = items.numel()
+    boxes = torch.zeros(count, 4)
+    if args.recipe == "report":
+        affine = random_affine(count, size, generator)
+    else:
+        shift = 0.05 if "shift" in args.rungs else 0.0
+        affine = random_affine(count, size, generator, degrees=0.0, shift=shift)
+        if "erasing" in args.rungs:
+            boxes = random_boxes(count, size, generator)
+
+    rank, world = processes()
+    batch = min(args.batch, len(items)) // world * world
+    if batch < 2 * world:
+        raise UserError(
+            f"An epoch has {len(items)} items, too few for {world} processes with two or more "
+            "each: take more crops."
+        )
+    whole = len(items) // batch * batch
+    places = torch.arange(count).view(items.shape)[:whole]
+    places = places.unflatten(0, (-1, batch))  # [steps, batch, k]
+    share = batch // world
+    batches = places[:, rank * share : (rank + 1) * share].transpose(1, 2)
+    return Epoch(
+        items.flatten().to(device), affine.to(device), boxes.to(device), batches.to(device)
+    )
+
+
+def mean_loss(losses):
+    """Mean over the steps of all processes: float32 [steps] -> number. Here the host waits for a
+    GPU."""
+    world = processes()[1]
+    if world > 1:
+        dist.all_reduce(losses)
+    return losses.mean().item() / world
+
+
+def check_loss(loss, record, out):
+    """UserError where the loss of an epoch is NaN or infinite."""
+    if math.isfinite(loss):
         return
-    with contextlib.suppress(OSError, ValueError):  # of a file, and of a terminal that does not say how wide it is
-        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-        print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
+    epoch = len(record["epochs"]) + 1
+    kept = "Nothing is written."
+    if epoch > 1:
+        kept = f"{out} keeps epoch {record['best epoch']}."
+    raise UserError(f"The loss became {loss} in epoch {epoch}: try a lower --lr. {kept}")
 
 
-# ------------------------------------------------------------------------------------------- files, settings, errors
+def add_epoch(record, row, metrics):
+    """Add an epoch's row to a record: -> whether it is the best, by the first of the metrics, and
+    of equal ones the first; without metrics the last is."""
+    record["metrics"] = metrics or ["epoch"]
+    record["epochs"].append(row)
+    record["seconds"]["training"] = round(sum(row["seconds"] for row in record["epochs"]), 2)
+    best = max(record["epochs"], key=lambda row: row[record["metrics"][0]])
+    record["best epoch"] = best["epoch"]
+    return best is row
+
+
+def describe_epoch(row, epochs, figures, best):
+    """The line that stays for an epoch; a star marks the best so far."""
+    line = f"epoch {row['epoch']:2}/{epochs}  loss {row['loss']:.4f}  "
+    line += f"{row['images_per_second']:.0f} images/s"
+    if figures:
+        line += "  validation " + ", ".join(f"{k} {100 * v:.2f}" for k, v in figures.items())
+        if best:
+            line += "  *"
+    return line
+
+
+def show_progress(epoch, epochs, step, steps, losses, begin, images):
+    """Show the line that updates while an epoch trains, which began at time `begin`, on a terminal;
+    images: how many in a step."""
+    speed = step / (time.perf_counter() - begin)  # steps a second
+    left = round(((epochs - epoch + 1) * steps - step) / speed)
+    loss = losses[:step].mean()
+    show_line(
+        f"epoch {epoch}/{epochs}  step {step}/{steps}  loss {loss:.4f}  "
+        f"{speed * images:.0f} images/s  {left // 60}:{left % 60:02} left"
+    )
+
+
+def show_line(text):
+    """Show one line that the next call overwrites, if stderr is the first process's terminal."""
+    if sys.stderr.isatty() and processes()[0] == 0:
+        print(f"\r{text[:79]:79}\r", end="", file=sys.stderr, flush=True)
+
 
 def processes():
-    """Which of the processes that torchrun started this one is, and how many they are; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    """Which of the processes that torchrun started this one is, and how many they are; (0, 1)
+    without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def load_last(out, checkpoint):
-    """The state to go on from with the run that writes `out`, its record put into `checkpoint`; None: there is none.
-    UserError if it is of other arguments or data, or if `out` is another run's."""
-    path, record = out.with_suffix(".last"), checkpoint["record"]
+def from_first_process(figures):
+    """A dict as the first process has it, as no two GPUs need compute the same."""
+    if processes()[1] > 1:
+        shared = [figures]
+        dist.broadcast_object_list(shared, src=0)
+        figures = shared[0]
+    return figures
+
+
+# ------------------------------------------------------------------------------------------
+# Files.
+
+
+def device_random(device):
+    """Where a device's random state is read and set: that is what dropout draws from."""
+    return torch if device == "cpu" else getattr(torch, device)
+
+
+def save_training_state(checkpoint, args, training_step, optimizers, generator):
+    """Write all that `load_training_state` needs, beside args.out with the ending .last."""
+    state = {
+        "loss": training_step.loss.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "generator": generator.get_state(),
+        "random": device_random(args.device).get_rng_state(),
+    }
+    save_checkpoint(args.out.with_suffix(".last"), checkpoint | state)
+
+
+# Arguments that a run may resume with another value of; --without says what rungs are left.
+FREE_TO_CHANGE = "data init out rungs patience rerank prior hamming threshold".split()
+
+
+def load_training_state(checkpoint, args, training_step, optimizers, generator):
+    """Put the state of the run that writes args.out into all of these: -> the weights of its best
+    epoch; None: there is nothing to resume. UserError if it is of other arguments or data."""
+    path = args.out.with_suffix(".last")
+    record = checkpoint["record"]
     if not path.exists():
-        return print(f"There is no {path} to resume: starting.")
-    last = load_checkpoint(path, checkpoint["kind"])
-    differ = [name for kind in ("fingerprints", "arguments") for name, value in record[kind].items()
-              if name not in "data init out without prior hamming threshold rerank patience".split()
-              and value != (had := last["record"][kind].get(name)) and (name != "device" or "mps" in (value, had))]
-    if differ:
-        name = ([n for n in ("recipe", "stage 1", "rungs") if n in differ] + differ)[0].replace("rungs", "--without")
-        raise UserError(f"{path} is of a run with another {name}: resume with that, or start without --resume.")
-    done, count = last["record"], last["record"]["processes"]  # what else a record says is of the part that begins
-    record.update({k: done[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")})
-    if not out.exists() or read_record(out).get("run") != record["run"]:
-        raise UserError(f"{out} is not the best checkpoint of the run that {path} goes on with: start without --resume.")
-    print(f"Going on after epoch {len(record['epochs'])}" + (
-        f", but not to the same bits as {count} processes." if count != record["processes"] else "."))
-    return last
+        print(f"There is no {path} to resume: starting.")
+        return None
+    state = load_checkpoint(path, checkpoint["kind"])
+    earlier = state["record"]
+
+    ours = record["fingerprints"] | record["arguments"]
+    theirs = earlier["fingerprints"] | earlier["arguments"]
+    others = [k for k, v in ours.items() if k not in FREE_TO_CHANGE and v != theirs.get(k)]
+    if others:
+        raise UserError(
+            f"{path} is of a run with another {', '.join(others)}: resume with that, or start "
+            "without --resume."
+        )
+    if read_record(args.out).get("run") != earlier["run"]:
+        raise UserError(
+            f"{args.out} is not the best checkpoint of the run that {path} goes on with: start "
+            "without --resume."
+        )
+
+    record |= {k: earlier[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")}
+    training_step.model.load_state_dict(state["model"])
+    training_step.loss.load_state_dict(state["loss"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    generator.set_state(state["generator"])
+    device_random(args.device).set_rng_state(state["random"])
+
+    said = f"Going on after epoch {len(record['epochs'])}"
+    if earlier["processes"] != record["processes"]:
+        said += f", but not to the same bits as {earlier['processes']} processes"
+    print(f"{said}.")
+    return torch_load(args.out)["model"]
 
 
 def set_aside(out):
-    """Rename an earlier run's checkpoint, record and figure 3 to NAME.old.pt and so on; its state to resume goes.
+    """Rename an earlier run's checkpoint, record and figure 3 to NAME.old.pt and so on.
 
-    That goes first: a kill in between leaves files that the next run sets aside, and no state without its best."""
+    Its state to resume is deleted, and first: a kill in between leaves files that the next run sets
+    aside, and never a state whose best checkpoint has another name."""
     if processes()[0] > 0:
         return
     out.with_suffix(".last").unlink(missing_ok=True)
@@ -585,10 +886,13 @@ def read_record(out):
 
 
 def write_record(out, record):
-    """Write the run's record beside its checkpoint, as JSON; UserError where another run has begun to write there."""
+    """Write a run's record beside its checkpoint, as JSON; UserError where another run has begun to
+    write there."""
     path = out.with_suffix(".json")
     if processes()[0] == 0 and path.exists() and read_record(out).get("run") != record["run"]:
-        raise UserError(f"{path} is another run's by now, so this one ends: give each run an --out of its own.")
+        raise UserError(
+            f"{path} is another run's by now, so this one ends: give each run an --out of its own."
+        )
     record["peak_memory_MB"] = peak_memory()
     text = json.dumps(record, indent=1)
     write_whole(path, lambda file: file.write(text.encode()))
@@ -596,19 +900,26 @@ def write_record(out, record):
 
 def peak_memory():
     """Highest memory use so far in MB: {"host": ..., "device": ...}, what the system says of it."""
-    peak = {"device": torch.cuda.max_memory_allocated() >> 20} if torch.cuda.is_available() else {}
-    with contextlib.suppress(ImportError):
+    peak = {}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated() >> 20
+    if os.name != "nt":
         import resource  # not on Windows
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+        unit = 20 if sys.platform == "darwin" else 10  # bytes there, else KB
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
     return peak
 
 
 def write_whole(path, write):
-    """Call write(file), and put what it wrote in the place of `path`, whole or not at all; the first process does."""
-    if processes()[0]:
+    """Call write(file), and put what it wrote in the place of `path`, whole or not at all; only the
+    first process does."""
+    if processes()[0] > 0:
         return
-    temporary, buffer = path.with_name(f".{path.name}.{os.getpid()}.tmp"), io.BytesIO()
-    write(buffer)  # to memory, as torch.save hides a full disk, and Ctrl-C, behind errors of its own
+    # To memory first, as torch.save hides a full disk, and Ctrl-C, behind errors of its own.
+    buffer = io.BytesIO()
+    write(buffer)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -621,35 +932,31 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path, suffix):
-    """Make the folder of `path` and try to write in it: better before the work than after."""
-    if path.is_dir() or path.suffix != suffix:
-        raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+# Of checkpoints: it goes up when they change, and classes must mean the same.
+VERSION = [4, list(ATTRIBUTES.items())]
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint: a dict of "kind" ("par" or "reid"), "record", "model", "train_ids", "validation_ids", ..."""
-    write_whole(path, lambda file: torch.save(checkpoint | {"version": 3, "classes": list(ATTRIBUTES.items())}, file))
+    """Write a dict of "kind" ("par" or "reid"), "record", "model", "train_ids" and so on."""
+    marked = checkpoint | {"version": VERSION}
+    write_whole(path, lambda file: torch.save(marked, file))
 
 
 def load_checkpoint(path, *kinds):
     """Read a checkpoint and check that it is one of `kinds` ("par", "reid")."""
     checkpoint = torch_load(path)
-    marks = [checkpoint.get(k) for k in ("version", "classes")] if isinstance(checkpoint, dict) else None
-    if marks != [3, list(ATTRIBUTES.items())]:
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
         raise UserError(f"{path} is not a checkpoint of this version of the project.")
     if checkpoint["kind"] not in kinds:
-        raise UserError(f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kinds[0]}.py is needed here.")
+        raise UserError(
+            f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kinds[0]}.py is needed "
+            "here."
+        )
     return checkpoint
 
 
 def torch_load(path):
-    """Load a file of tensors and plain values; never runs code from it."""
+    """Load a file of tensors and plain values; it never runs code from it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -658,99 +965,54 @@ def torch_load(path):
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
-def number(kind, low, high=10**9, word=None):
-    """An argparse type: `kind`, int or float, from `low` to `high`; or `word`."""
-    def number(text):
-        if text != word and not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not {f'{word} or ' * bool(word)}a number from {low} to {high}")
-        return text if text == word else kind(text)
-    return number
+# ------------------------------------------------------------------------------------------
+# Devices, processes, errors.
 
 
-def image_size(text):
-    """An argparse type: "128x64" -> (128, 64), height and width."""
-    if not re.fullmatch(r"\d+x\d+", text) or not all(32 <= int(side) <= 1024 for side in text.split("x")):
-        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024")
-    return tuple(map(int, text.split("x")))
+def choose_device(asked):
+    """The name of the device to compute on; UserError where PyTorch finds none of that name, or one
+    that cannot compute, as an old GPU or a virtual Mac."""
+    best = "cpu"
+    if torch.cuda.is_available():
+        best = "cuda"
+    elif torch.backends.mps.is_available() and "RANK" not in os.environ:
+        best = "mps"  # which cannot send to other processes
+    if asked not in ("auto", "cpu", best):
+        raise UserError(
+            f"PyTorch {torch.__version__} finds no {asked} device here: pass --device {best}."
+        )
+    device = best if asked == "auto" else asked
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"The {device} device is there but cannot compute ({reason}): pass --device cpu."
+        ) from None
+    return device
 
 
-def shared_flags(parser, epochs, lr, batch, out, rungs):
-    """Add the flags of both scripts; tuples: defaults of the report, of strong, of strong from pretrained weights."""
-    parser.set_defaults(rungs=rungs)
-    add = parser.add_argument_group("data, training and output (defaults in brackets)").add_argument
-    add("--recipe", choices=("report", "strong"), default="report", help="the report's, or all known since (report)")
-    add("--without", nargs="+", default=[], choices=rungs, metavar="RUNG", help="strong without: " + ", ".join(rungs))
-    add("--data", type=Path, metavar="DIR", help="of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)")
-    add("--size", type=image_size, metavar="HxW", help="crops' height x width (128x64, or the checkpoint's)")
-    add("--weights", metavar="W", help="imagenet, none or a FILE of torchvision's ResNet18 (imagenet; demo set: none)")
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="how many (report: %s; strong: %s)" % epochs)
-    add("--lr", type=number(float, 1e-12), default=lr, metavar="R", help="peak (%s; strong: %s, or pretrained %s)" % lr)
-    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="F", help="part of all steps before it falls (0.1)")
-    add("--batch", type=number(int, 2), default=batch, metavar="N", help="a step: images, triplets or, stage 2 strong, "
-        "fours of an identity (%s; strong: %s)" % batch)
-    add("--patience", type=number(int, 1), default=(5, 999), metavar="N", help="stop after N epochs without a better "
-        "one (report: 5; strong: 999, as figures jump while its rate is high)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of split, weights and sampling (0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto: the fastest)")
-    add("--out", type=Path, default=Path(out), metavar="FILE", help="best checkpoint, pictures beside it (%(default)s)")
-    add("--resume", action="store_true", help="go on with a run that was cut off, after its last whole epoch")
-
-
-def start(args, source=None, checkpoint=None, data=True):
-    """Settle what --recipe, --device, --size, --data and --weights leave open, say so, begin the run's record: -> that
-    dict. A checkpoint, read from `source`, decides the size. data: whether the command reads the data set."""
-    if args.out.suffix != ".pt":
-        raise UserError(f"--out {args.out} is no name for a checkpoint: give one that ends in .pt.")
-    if args.without and (args.recipe == "report" or args.eval):
-        raise UserError("--without leaves steps out of training by --recipe strong: pass that too, and no --eval.")
-    args.rungs = [rung for rung in args.rungs if args.recipe == "strong" and rung not in args.without]
-    alone = "RANK" not in os.environ  # else torchrun has started this process; MPS cannot send what it computes
-    if not alone and (args.eval or vars(args).get("stats")):
+def join_processes(args):
+    """Meet the other processes that torchrun has started, to train."""
+    if args.eval or vars(args).get("stats"):
         raise UserError("Several processes only train: run this command without torchrun.")
-    best = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
-    if args.device not in ("auto", "cpu", best):
-        raise UserError(f"PyTorch {torch.__version__} finds no {args.device} device here: pass --device {best}.")
-    args.device = best if args.device == "auto" else args.device
-    if not alone and not dist.is_initialized():
-        try:
-            if args.device == "cuda":  # one for each process of this machine
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if args.device == "cuda" and dist.is_nccl_available() else "gloo")
-            atexit.register(dist.destroy_process_group)  # else its threads may abort the process at its end
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
-                            "torchrun, no more on a machine than it has GPUs, or unset the variable RANK.") from None
-    torch.backends.cudnn.benchmark = True  # shapes do not change: the time to choose an algorithm comes back
-    keep_freed_memory()
-    saved = checkpoint["record"] if checkpoint else {"arguments": {"size": args.size or (128, 64)}}
-    if args.size not in (None, saved["arguments"]["size"]):
-        raise UserError(f"{source} was trained with another --size than {args.size[0]}x{args.size[1]}: leave that out.")
-    args.size = saved["arguments"]["size"]
-    args.data = find_data(args.data) if data else Path(saved["data"]["folder"])
-    demo = (args.data / DRAWN).is_file() if data else saved["data"]["drawn demo set"]
-    args.weights = args.weights or ("none" if demo else "imagenet")
-    k = 1 + (args.recipe == "strong") * (1 + (args.weights != "none"))  # of the defaults in `shared_flags`
-    vars(args).update({name: v[:k][-1] for name, v in vars(args).items() if isinstance(v, tuple) and name != "size"})
-    world = processes()[1]
-    if args.batch % world or args.batch < 2 * world:
-        raise UserError(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}, two "
-                        "or more for each.")
-    record = {"data": {"folder": str(args.data), "drawn demo set": demo}, "seconds": {},
-              "precision": precision(torch.device(args.device)), "threads": torch.get_num_threads(),
-              "processes": world, "machine": platform.platform(), "versions": {
-                  "python": platform.python_version(), "torch": torch.__version__[:],
-                  "torchvision": torchvision.__version__}}
-    print("DEMO SET of drawn people: its figures say nothing about Market-1501. README says how to get that.\n" * demo
-          + f"{'data' if data else 'trained on'} {args.data} | {args.device}, {record['precision']}, "
-          f"{record['processes']} x {record['threads']} threads | {args.size[0]}x{args.size[1]} | "
-          + (f"{source}" if args.eval else f"{source or f'weights {args.weights}'} | seed {args.seed}"),
-          file=sys.stdout if data else sys.stderr, flush=True)  # stderr, as results on stdout may go into a file
-    return record
+    backend = "gloo"
+    try:
+        if args.device == "cuda":  # one for each process of this machine
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if dist.is_nccl_available():
+                backend = "nccl"
+        dist.init_process_group(backend)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
+            "torchrun, no more on a machine than it has GPUs, or unset the variable RANK."
+        ) from None
 
 
 def keep_freed_memory():
-    """On Linux with glibc, keep freed blocks for the next training step, which would else have each mapped and zeroed
-    anew: a tenth of the training speed on a CPU. Elsewhere this does nothing."""
+    """On Linux with glibc, keep freed blocks for the next training step, which would else have each
+    mapped and zeroed anew: a tenth of the training speed on a CPU. Elsewhere this does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold = -1
@@ -760,17 +1022,20 @@ def keep_freed_memory():
 
 
 def find_data(folder):
-    """--data or, without it, Market-1501 in the working directory or else the demo set, drawn if it has not been."""
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--data {folder} is not a folder.")
-    real, demo = Path("Market-1501-v15.09.15"), Path("Market-1501-demo")
-    if not folder and not real.is_dir() and not demo.is_dir():
+    """--data or, without it, Market-1501 in the working directory or else the demo set, drawn if it
+    has not been. Two runs that draw it at once write the same files."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--data {folder} is not a folder.")
+        return folder
+    real = Path("Market-1501-v15.09.15")
+    demo = Path("Market-1501-demo")
+    if real.is_dir():
+        return real
+    if not (demo / DRAWN).is_file():  # which is written last, and so after a stop not yet
         print(f"Drawing the demo set into ./{demo} ...", flush=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=".") as own:
-            draw_market(Path(own, "demo"), 100, 6, seed=0)
-            with contextlib.suppress(OSError):  # another run's is there by now: that will do
-                Path(own, "demo").rename(demo)
-    return folder or (real if real.is_dir() else demo)
+        draw_market(demo, identities=100, images_per_identity=6)
+    return demo
 
 
 @contextlib.contextmanager
@@ -781,97 +1046,65 @@ def timed(seconds, what):
     seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - begin, 2)
 
 
-def say_seconds(seconds, file=None):
-    """Print where the time went, and the peak memory."""
-    peak = " and ".join(f"{mb / 1000:.1f} GB ({where})" for where, mb in peak_memory().items())
-    print("Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
-          + f"; peak memory {peak}" * bool(peak), file=file)
-
-
-def run(main, parser):
-    """Run a script's main(args); the one place where errors become sentences and exit codes."""
-    other, args, code = os.environ.get("RANK", "0") != "0", None, 2
+def run(parser, check_flags, main):
+    """Run a script: main(args). The one place where errors become sentences and exit codes."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
-        quiet = open(os.devnull, "w", errors="replace") if other else None  # the first process speaks for all
-        with contextlib.redirect_stdout(quiet or sys.stdout):
-            args = parser.parse_args()
-            return main(args)
+        args = parser.parse_args()
+        check_flags(parser, args)
+        return main(args)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as of a program that a closed pipe ends
-    except UserError as error:
-        sentence = " ".join(str(error).splitlines())
-    except OSError as error:
-        sentence = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
-    except (RuntimeError, MemoryError) as error:
-        sentence = "the memory is full: lower --batch or --size, or pass another --device."
-        if processes()[1] > 1 and re.search("gloo|NCCL|onnection (closed|reset)|Broken pipe", str(error)):
-            sentence = "another process of this run has ended, so this one does."
-        elif isinstance(error, RuntimeError) and not re.search("of memory|can't allocate|not enough mem", str(error)):
-            raise
     except KeyboardInterrupt:
-        code, sentence = 130, "stopped." if args is None or args.eval or vars(args).get("stats") else \
-            "stopped; the same command with --resume goes on after the last whole epoch."
-    progress("")
-    print(f"{parser.prog}: {sentence}", file=sys.stderr)
+        code = 130
+        sentence = "stopped; --resume goes on with a training after its last whole epoch."
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        code = 2
+        sentence = explain(error)
+        if sentence is None:
+            raise
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # else its threads may abort the process at its end
+    show_line("")
+    if first or code == 2:
+        print(f"{parser.prog}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 
-# ------------------------------------------------------------------------------------------------ tables and figures
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: told apart by the colour-blind
-INK, GREY = "#222222", "#8a8a8a"
-
-
-def table(title, header, rows):
-    """Print rows [name, cells...] under a header; a cell is a number, shown with two decimals, or a text."""
-    texts = [[" ".join(v.splitlines()) if isinstance(v, str) else "-" if v != v else f"{v:.2f}" for v in row]
-             for row in rows]
-    sides = ["<" if k == 0 or any(re.search("[a-z]{2}", row[k]) for row in texts) else ">" for k in range(len(header))]
-    widths = [max(map(len, column)) for column in zip(header, *texts)]
-    print(f"\n{title}")
-    for row in (header, *texts):
-        print("  ".join(f"{v:{side}{width}}" for v, side, width in zip(row, sides, widths)).rstrip(), flush=True)
-
-
-def write_picture(path, picture):
-    """Write a Pillow image as PNG, and say where it is."""
-    write_whole(path, lambda file: picture.save(file, "PNG"))
-    print(f"As a picture: {path}", file=sys.stderr)
-
-
-def sheet(path, rows, height=256):
-    """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour of a frame or None).
-    A line is a text or a (text, colour); the longest are cut."""
-    font, room, lines = ImageFont.load_default(14), 8, max(len(lines) for row in rows for _, lines, _ in row)
-    width = round(height * rows[0][0][0].shape[2] / rows[0][0][0].shape[1])
-    wide, tall = max(150, width) + 2 * room, height + 18 * lines + 3 * room
-    picture = Image.new("RGB", (wide * max(map(len, rows)) + room, tall * len(rows) + room), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, row in enumerate(rows):
-        for k, (crop, lines, frame) in enumerate(row):
-            x, y = room + k * wide, room + i * tall
-            image = Image.fromarray(crop.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
-            picture.paste(ImageOps.expand(image, 4, frame or "white"), (x - 4, y - 4))
-            for j, line in enumerate(lines):
-                text, colour = (line, INK) if isinstance(line, str) else line
-                text = " ".join(text.encode("ascii", "replace").decode().splitlines())  # the font has no other letters
-                while pen.textlength(text, font) > wide - 2 * room:
-                    text = text.removesuffix("...")[:-1] + "..."
-                pen.text((x, y + height + room + 18 * j), text, colour, font)
-    write_picture(path, picture)
+def explain(error):
+    """The sentence for an error that a user can cause; None for any other."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).splitlines())
+    if isinstance(error, OSError):
+        name = error.filename or "A file"
+        return f"{name} cannot be read or written ({error.strerror or error})."
+    if "RANK" in os.environ and re.search(
+        "gloo|NCCL|onnection (closed|reset)|Broken pipe", str(error)
+    ):
+        return "another process of this run has ended, so this one does."
+    full = re.search("of memory|can't allocate|not enough mem", str(error))
+    if isinstance(error, MemoryError) or full:
+        return "the memory is full: lower --batch or --size, or pass another --device."
+    return None
 
 
 # ------------------------------------------------------------------------------------------
-# The drawn people of the demo set. A first reading can end here.
+# The drawn people of the demo set, which a first reading can skip.
 
 DRAWN = "drawn.txt"  # marks a drawn data set; written last, so it also says that the set is whole
 
-# How often each class is drawn, as unbalanced as in Market-1501 ([report] table 4).
+# How often each class is drawn, as unbalanced as in Market-1501 ([report] table 4); of another
+# attribute each alike.
 FREQUENCIES = {
     "age": (0.05, 0.66, 0.24, 0.05),
+    "hair": (0.64, 0.36),
     "up": (0.15, 0.85),
     "down": (0.40, 0.60),
+    "clothes": (0.15, 0.85),
     "hat": (0.93, 0.07),
     "backpack": (0.73, 0.27),
     "bag": (0.75, 0.25),
@@ -879,246 +1112,172 @@ FREQUENCIES = {
     "upcolor": (0.16, 0.26, 0.11, 0.05, 0.06, 0.12, 0.08, 0.08, 0.08),
     "downcolor": (0.36, 0.08, 0.05, 0.02, 0.03, 0.16, 0.18, 0.03, 0.06, 0.03),
 }
-RGB = {
-    "black": (38, 36, 40),
-    "white": (232, 230, 224),
-    "red": (196, 40, 44),
-    "purple": (126, 62, 150),
-    "yellow": (228, 196, 62),
-    "gray": (134, 136, 140),
-    "blue": (52, 88, 172),
-    "green": (64, 138, 76),
-    "pink": (232, 142, 170),
-    "brown": (122, 82, 50),
-}
 
 
-@dataclass
-class Person:
-    """Who is drawn: the class of each attribute, and what tells two people of the same classes apart."""
+class Person(NamedTuple):
+    """Who is drawn: the code of each attribute's class, and what tells two people of the same
+    classes apart."""
 
-    classes: dict[str, str]  # attribute -> name of its class
-    top: list  # colours from the neck down: one, or three if its class is "multi"
+    codes: dict[str, int]
+    top: list  # colours from the neck down: one, or three of the class "multi"
     bottom: list  # the same from the hip down
     skin: tuple
     hair: tuple
-    shoes: tuple
-    luggage: tuple  # of hat, backpack, bag and handbag
+    luggage: tuple  # of shoes, hat, backpack, bag and handbag
     width: float
     height: float
 
 
-class Pose(NamedTuple):
-    """Where and how a person stands in a picture."""
-
-    x: float  # of the middle, in pixels
-    y: float  # of the feet, in pixels
-    unit: float  # pixels a unit; a grown-up is 112 units tall
-    side: int  # 1, or -1 to mirror
-    stride: float  # of the feet, in units
-    from_behind: bool
-
-
 def draw_market(root, identities, images_per_identity, seed=0):
-    """Draw a data set of people in Market-1501's layout into folder `root`: so many identities in the training half,
-    as many others in the test half, each with so many crops, from two cameras or more, to train with or in the
-    gallery; queries, distractors, junk and annotations come with them. The same for a seed."""
+    """Draw a data set of people in Market-1501's layout into folder `root`: so many identities in
+    the training half, as many others in the test half, each with so many crops, from two cameras or
+    more, to train with or in the gallery; queries, distractors, junk and annotations come with
+    them. The same for a seed."""
     root = Path(root)
     random = np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
-    numbers = itertools.count(25, 25)
-    for folder in PARTS.values():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-
-    def shoot(part, person_id, person, camera):
-        path = root / PARTS[part] / f"{person_id}_c{camera}s1_{next(numbers):06d}_01.jpg"
-        draw_crop(person, camera, random).save(path, quality=80)
-
-    for half, part, first in (("train", "train", 1), ("test", "gallery", identities + 1)):
-        people = {}
-        for person_id in range(first, first + identities):
-            people[person_id] = person = draw_identity(random)
-            cameras = 1 + random.permutation(6)[: random.randint(2, 7)]
-            for camera in np.resize(cameras, images_per_identity):
-                shoot(part, f"{person_id:04d}", person, camera)
-            if part == "gallery":  # each query is to be found in another camera
-                query_cameras = cameras[1:2] if images_per_identity == 1 else cameras[:2]
-                for camera in query_cameras:
-                    shoot("query", f"{person_id:04d}", person, camera)
-        write_annotations(root / f"annotations_{half}.csv", people)
-
+    lines = []  # of the annotations
+    shots = []  # (part, identity, person, camera)
+    for person_id in range(1, 2 * identities + 1):
+        person = draw_identity(random)
+        lines.append(annotate(person_id, person))
+        cameras = 1 + random.permutation(6)[: random.randint(2, 7)]
+        part = "train" if person_id <= identities else "gallery"
+        for camera in np.resize(cameras, images_per_identity):
+            shots.append((part, f"{person_id:04d}", person, camera))
+        if part == "gallery":  # the query's camera took one other crop at most
+            shots.append(("query", f"{person_id:04d}", person, cameras[-1]))
     for k in range(max(2, identities * images_per_identity // 5)):
-        stranger = "-1" if k % 8 == 0 else "0000"  # junk or a distractor
-        shoot("gallery", stranger, draw_identity(random), random.randint(1, 7))
-    arguments = f"{identities}, {images_per_identity}, {seed}"
-    (root / DRAWN).write_text(f"Drawn people: draw_market({arguments})\n")
+        shown_id = "0000" if k % 8 else "-1"  # a distractor, or junk
+        shots.append(("gallery", shown_id, draw_identity(random), random.randint(1, 7)))
+
+    for k, (part, shown_id, person, camera) in enumerate(shots, 1):
+        path = root / PARTS[part] / f"{shown_id}_c{camera}s1_{25 * k:06d}_01.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_crop(person, camera, random).save(path, quality=80)
+    for half, own in (("train", lines[:identities]), ("test", lines[identities:])):
+        rows = [list(own[0])] + [list(line.values()) for line in own]
+        np.savetxt(root / f"annotations_{half}.csv", rows, "%s", ",")
+    (root / DRAWN).write_text(f"draw_market({identities}, {images_per_identity}, {seed})\n")
 
 
-def write_annotations(path, people):
-    """Write the attributes of a dict of identity -> `Person` as the course's CSV; `read_annotations` reads it."""
-    lines = []
-    for person_id, person in people.items():
-        line = {"id": person_id}
-        for attribute, columns in COLUMNS.items():
-            code = ATTRIBUTES[attribute].index(person.classes[attribute])
-            if len(columns) == 1:
-                line[attribute] = code + 1
-            else:
-                line.update({column: 1 + (k == code) for k, column in enumerate(columns)})
-        lines.append(line)
-    rows = [list(lines[0])] + [list(line.values()) for line in lines]
-    np.savetxt(path, rows, "%s", ",")
+def annotate(person_id, person):
+    """A person's line of the annotations: a dict of column -> code, as `read_annotations` reads."""
+    line = {"id": person_id}
+    for attribute, code in person.codes.items():
+        for k, column in enumerate(annotation_columns(attribute)):
+            line[column] = code + 1
+            if attribute in FLAG_PREFIXES:
+                line[column] = 2 if k == code else 1
+    return line
 
 
 def draw_identity(random):
     """Choose a person by a NumPy RandomState: -> `Person`."""
-    classes = {}
-    for attribute, frequencies in FREQUENCIES.items():
-        classes[attribute] = ATTRIBUTES[attribute][random.choice(len(frequencies), p=frequencies)]
-    female = random.rand() < 0.45
-    long_hair = random.rand() < (0.72 if female else 0.06)
-    dress = female and random.rand() < 0.32
-    classes["gender"] = "female" if female else "male"
-    classes["hair"] = "long" if long_hair else "short"
-    classes["clothes"] = "dress" if dress else "pants"
+    codes = {}
+    for attribute, classes in ATTRIBUTES.items():
+        codes[attribute] = random.choice(len(classes), p=FREQUENCIES.get(attribute))
 
     def choose_colours(attribute):
-        names = [classes[attribute]]
-        if names == ["multi"]:
-            names = random.permutation(ATTRIBUTES[attribute][:-1])[:3]
-        shade = random.uniform(-20, 20, 3)
-        return [tinted(RGB[name] + shade) for name in names]
+        names = ATTRIBUTES[attribute][:-1]
+        chosen = names[codes[attribute] :][:1]
+        if not chosen:  # multi
+            chosen = random.permutation(names)[:3]
+        return [paint(name, random) for name in chosen]
 
-    top = choose_colours("upcolor")
-    bottom = choose_colours("downcolor")
-    hair = tinted((158, 118, 72), random.uniform(0.3, 1))
-    if classes["age"] == "old":
-        hair = (214, 214, 212)
-    widths = {"young": 0.8, "teenager": 0.92, "adult": 1.12, "old": 1.04}
-    heights = {"young": 0.68, "teenager": 0.98, "adult": 1.0, "old": 0.93}
-    shoes, luggage = random.choice(list(RGB), 2)
+    size = (0.75, 0.92, 1.1, 1.0)[codes["age"]]
     return Person(
-        classes,
-        top,
-        bottom,
-        skin=tinted((238, 198, 168), random.uniform(0.6, 1)),
-        hair=hair,
-        shoes=tinted(RGB[shoes], 0.85),
-        luggage=tinted(RGB[luggage], 0.85),
-        width=widths[classes["age"]] * random.uniform(0.92, 1.08),
-        height=heights[classes["age"]] * random.uniform(0.95, 1.02),
+        codes,
+        top=choose_colours("upcolor"),
+        bottom=choose_colours("downcolor"),
+        skin=paint("tan", random),
+        hair=paint("silver" if codes["age"] == 3 else "saddlebrown", random),
+        luggage=paint(random.choice(ATTRIBUTES["downcolor"][:-1]), random),
+        width=size * random.uniform(0.92, 1.08),
+        height=min(size, 0.95) * random.uniform(0.95, 1.05),
     )
+
+
+def paint(name, random):
+    """A soft shade of a colour, by its CSS name, as Pillow takes it."""
+    soft = 35 + 0.7 * np.array(ImageColor.getrgb(name))
+    shade = soft * random.uniform(0.75, 1.1) + random.uniform(-10, 10, 3)
+    return tuple(shade.clip(0, 255).astype(int).tolist())
 
 
 def draw_crop(person, camera, random):
-    """Draw a person as one camera sees them, at its place and in its light: a Pillow image of 64x128 pixels."""
+    """Draw a person as one camera sees them, at its place and in its light: a Pillow image of
+    64x128 pixels."""
     place = np.random.RandomState(camera + 47)
-    wall = place.uniform(110, 200) + place.normal(0, 9, 3)
-    ground = place.uniform(110, 200) + place.normal(0, 9, 3)
-    light = place.uniform(0.8, 1.15) + place.normal(0, 0.06, 3)
-    blur = ImageFilter.GaussianBlur(0.3 + 0.6 * place.rand())
-
-    picture = Image.new("RGB", (192, 384), tinted(ground))  # three times as large, to be reduced
+    picture = Image.new("RGB", (192, 384), paint("gray", place))  # three times as large
     pen = ImageDraw.Draw(picture)
-    pen.rectangle((0, 0, 192, place.randint(160, 270)), tinted(wall))
-    pose = Pose(
-        x=random.uniform(87, 105),
-        y=random.uniform(358, 372),
-        unit=random.uniform(2.75, 3.1) * person.height,
-        side=random.choice([-1, 1]),
-        stride=random.uniform(0, 6),
-        from_behind=random.rand() < 0.45,
-    )
-    draw_part(pen, pose, tinted(ground, 0.8), [(-12, 0), (12, 0)], 5)  # the shadow
-    draw_person(pen, pose, person)
+    pen.rectangle((0, place.randint(160, 270), 192, 384), paint("darkgray", place))
+    light = random.uniform(0.88, 1.12) * (place.uniform(0.8, 1.15) + place.normal(0, 0.06, 3))
 
-    picture = picture.reduce(3).filter(blur)
-    exposure = light * random.uniform(0.88, 1.12)
-    noise = random.normal(0, 4, (128, 64, 3))
-    return Image.fromarray(np.clip(picture * exposure + noise, 0, 255).astype(np.uint8))
+    middle = random.uniform(87, 105)
+    feet = random.uniform(358, 372)
+    unit = random.uniform(2.9, 3.2) * person.height
+    draw_person(person, functools.partial(draw_part, pen, middle, feet, unit))
+    blurred = picture.reduce(3).filter(ImageFilter.GaussianBlur(0.3 + 0.6 * place.rand()))
+    pixels = blurred * light + random.normal(0, 4, (128, 64, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw_part(pen, pose, colour, points, thickness=0):
-    """Draw a polygon with a round border so thick; two points make a line. x is counted from the middle of the
-    person, y from the feet up: the neck is at 90, the crown at 112."""
-    points = [(pose.x + pose.side * pose.unit * x, pose.y - pose.unit * y) for x, y in points]
-    pen.polygon(points, colour)
-    if thickness > 0:
-        pen.line(points, colour, round(pose.unit * thickness))
-        for point in points:
-            pen.circle(point, pose.unit * thickness / 2, colour)
+def draw_part(pen, middle, feet, unit, colour, points, thickness=0, sides=(-1, 1)):
+    """Draw a polygon with a round border so thick, on both sides of the person; two points make a
+    line. x is counted from the middle of the person, y from the feet up; a grown-up's neck is at
+    90, the crown at 112."""
+    for side in sides:
+        pixels = [(middle + side * unit * x, feet - unit * y) for x, y in points]
+        pen.polygon(pixels, colour)
+        if thickness > 0:
+            pen.line(pixels, colour, round(unit * thickness))
+            for pixel in pixels:
+                pen.circle(pixel, unit * thickness / 2, colour)
 
 
-def draw_person(pen, pose, person):
-    """Draw the parts of a person from the farthest to the nearest."""
-    worn = [attribute for attribute in ("hat", "backpack", "bag", "handbag") if person.classes[attribute] == "yes"]
-    shoulder = (10.4 if person.classes["gender"] == "female" else 12.8) * person.width
-    hip = 9.4 * person.width
-    backpack = [(0, 80), (0, 68)]
-    long_hair = [(0, 103), (0, 83)]
+def draw_person(person, draw):
+    """Draw the parts of a person from the farthest to the nearest, by draw(colour, points,
+    thickness, sides). Codes are the places of the classes in ATTRIBUTES."""
+    codes = person.codes
+    wide = person.width
+    leg = 5 * wide
+    hip = 9.4 * wide
+    shoulder = (12.8 - 2.4 * codes["gender"]) * wide
+    hem = (7, 32)[codes["down"]]
+    cuff = (58, 74)[codes["up"]]
+    skirt = (0, hip + 6, hem)
+    trouser = (leg - 4.3 * wide, leg + 4.3 * wide, hem)
 
-    if not pose.from_behind:
-        if "backpack" in worn:
-            draw_part(pen, pose, person.luggage, backpack, 25 * person.width)
-        if person.classes["hair"] == "long":
-            draw_part(pen, pose, person.hair, long_hair, 16)
-    draw_clothes(pen, pose, person, shoulder, hip)
+    if codes["backpack"]:
+        draw(person.luggage, [(0, 82), (0, 68)], 28 * wide)
+    if codes["hair"]:
+        draw(person.hair, [(0, 103), (0, 80)], 16)
+    draw(person.skin, [(leg, 54), (leg, 4)], 6 * wide)
+    draw(person.luggage, [(leg, 2.5), (leg + 2, 2)], 5)  # a shoe
+    draw_garment(person.bottom, (0, hip, 56), (skirt, trouser)[codes["clothes"]], draw)
+    draw_garment(person.top, (0, shoulder - 1.5, 88), (0, hip, 52), draw)
+    draw(person.skin, [(shoulder - 2, 84.5), (shoulder + 2, 54)], 4.6 * wide)
+    draw(person.top[0], [(shoulder - 2, 84.5), (shoulder + 1, cuff)], 6.2 * wide)
 
-    draw_part(pen, pose, person.skin, [(0, 90), (0, 96)], 5.5)  # the neck
-    draw_part(pen, pose, person.hair, [(0, 101), (0, 104)], 16)
-    if pose.from_behind:
-        if person.classes["hair"] == "long":
-            draw_part(pen, pose, person.hair, long_hair, 16)
-        if "backpack" in worn:
-            draw_part(pen, pose, person.luggage, backpack, 18 * person.width)
-    else:
-        draw_part(pen, pose, person.skin, [(0, 98.5), (0, 101)], 12.6)  # the face
-        for x in (-1.6, 3.4):
-            draw_part(pen, pose, RGB["black"], [(x, 100.7), (x, 101.3)], 1.9)
-            if "backpack" in worn:  # its straps
-                strap = (x - 0.9) * 2.6 * person.width
-                draw_part(pen, pose, person.luggage, [(strap, 89), (strap, 66)], 2.6)
-
-    if "hat" in worn:
-        draw_part(pen, pose, person.luggage, [(-2, 107), (2, 107)], 13)
-        draw_part(pen, pose, person.luggage, [(-9, 105), (9, 105)], 2.6)
-    if "bag" in worn:
-        draw_part(pen, pose, person.luggage, [(0.6 * shoulder, 89), (-hip, 57)], 1.8)
-        draw_part(pen, pose, person.luggage, [(-hip - 4, 56), (-hip, 50)], 9)
-    if "handbag" in worn:
-        hand = shoulder + 2
-        draw_part(pen, pose, person.luggage, [(hand, 55), (hand - 5, 38), (hand + 5, 38)], 6)
+    draw(person.hair, [(0, 101), (0, 104)], 16)
+    draw(person.skin, [(0, 90), (0, 97)], 6)
+    draw(person.skin, [(0, 98.5), (0, 101)], 12.6)
+    draw("black", [(2.5, 100.7), (2.5, 101.3)], 1.9)  # an eye
+    if codes["hat"]:
+        draw(person.luggage, [(3, 107), (9, 105)], 7)
+    if codes["bag"]:
+        draw(person.luggage, [(-0.6 * shoulder, 88), (hip, 57)], 2, sides=[1])
+        draw(person.luggage, [(hip + 2, 56), (hip, 50)], 9, sides=[1])
+    if codes["handbag"]:
+        draw(
+            person.luggage, [(shoulder + 2, 55), (shoulder, 38), (shoulder + 6, 38)], 6, sides=[-1]
+        )
 
 
-def draw_clothes(pen, pose, person, shoulder, hip):
-    """Draw legs, arms and what is worn over them."""
-    hem = 32 if person.classes["down"] == "short" else 7
-    foot = 4.6 * person.width + pose.stride
-    cuff = foot - pose.stride * hem / 54
-    sleeve = 74 if person.classes["up"] == "short" else 58
-    for side in (-1, 1):
-        draw_part(pen, pose, person.skin, [(side * 4.6 * person.width, 54), (side * foot, 4)], 6 * person.width)
-        draw_part(pen, pose, person.shoes, [(side * (foot - 0.5), 2.5), (side * (foot + 2), 2)], 5)
-        if person.classes["clothes"] == "pants":
-            inner, outer = side * (cuff - 4.2 * person.width), side * (cuff + 4.6 * person.width)
-            draw_garment(pen, pose, person.bottom, (0, side * hip, 56), (inner, outer, hem))
-    if person.classes["clothes"] == "dress":
-        draw_garment(pen, pose, person.bottom, (-hip, hip, 56), (-hip - 6, hip + 6, hem))
-
-    draw_garment(pen, pose, person.top, (1.5 - shoulder, shoulder - 1.5, 88), (-hip, hip, 52))
-    for side in (-1, 1):
-        joint = (side * (shoulder - 2), 84.5)
-        draw_part(pen, pose, person.skin, [joint, (side * (shoulder + 2), 54)], 4.6 * person.width)
-        draw_part(pen, pose, person.top[0], [joint, (side * (shoulder + 1), sleeve)], 6.2 * person.width)
-
-
-def draw_garment(pen, pose, colours, top, bottom):
-    """Draw a garment in bands of equal height, a colour each; top and bottom: (left, right, y) of its edges."""
+def draw_garment(colours, top, bottom, draw):
+    """Draw a garment in bands of equal height, a colour each; top and bottom: (left, right, y) of
+    its edges."""
     edges = np.linspace(top, bottom, len(colours) + 1)
-    for colour, (left, right, y), (lower_left, lower_right, lower_y) in zip(colours, edges, edges[1:]):
-        corners = [(left, y), (right, y), (lower_right, lower_y), (lower_left, lower_y)]
-        draw_part(pen, pose, colour, corners)
-
-
-def tinted(colour, factor=1.0):
-    """A colour with each channel times `factor`, as Pillow takes it."""
-    return tuple(int(channel) for channel in np.clip(np.multiply(colour, factor), 0, 255))
+    for colour, above, below in zip(colours, edges, edges[1:]):
+        corners = [above[[0, 2]], above[[1, 2]], below[[1, 2]], below[[0, 2]]]
+        draw(colour, corners)

@@ -8,362 +8,1062 @@
     python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
     python par.py --stats                               class frequencies: table 4 and figure 4
 
-[report] is the one that common.py names; tables and figures have its numbers.
+[report] is the one that common.py names; tables and figures have its numbers. reid.py builds on
+this file: network, attribute loss, scores, tables, pictures and the command line.
 """
+
 import argparse
+import copy
 import csv
+import math
+import os
+import platform
+import re
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
 import common
-from common import ATTRIBUTES, SIZES, UserError
+from common import ATTRIBUTES, CLASS_COUNTS, UserError
+
+# ------------------------------------------------------------------------------------------
+# The network.
 
 
-# ------------------------------------------------------------------------------------------------ network and losses
+class Output(NamedTuple):
+    """What a network says of B crops. None: it has no such part, or not in evaluation."""
 
-class AttributeNet(nn.Module):
-    """[report] figure 1: crops [B, 3, H, W] in 0..255 -> logits of all classes, attribute after attribute, [B, 41].
+    logits: torch.Tensor | None = None  # float32 [B, 41], of all classes, attribute after attribute
+    features: torch.Tensor | None = None  # float32 [B, D]
+    identities: torch.Tensor | None = None  # float32 [B, identities], logits
 
-    head: "linear", Dropout and Linear on the mean over the feature map; or "conv", the report's future work (section
-    5): before these, a branch of its own for each attribute, of a convolution and attention over the map's places.
 
-    identities: the strong recipe, of both stages, learns attributes and so many identities jointly (Lin et al. 2019),
-    these behind a BNNeck (Luo et al. 2019), here without a scale. Then the output is in training [B, 41 + width +
-    identities]: logits, the features before the neck, logits of identities. In evaluation it is [B, 41 + width]:
-    logits, and the features behind the neck at length 1, both, with "mirror", means over the crop and its mirror image.
-    """
+class LinearHeads(nn.ModuleList):
+    """[report] figure 1: for each attribute Dropout and Linear, on the feature map's mean."""
 
-    def __init__(self, dropout=0.5, state=None, head="linear", identities=0, rungs=()):
+    def __init__(self, width, dropout):
+        super().__init__(
+            nn.Sequential(nn.Dropout(dropout), nn.Linear(width, count)) for count in CLASS_COUNTS
+        )
+
+    def forward(self, maps, features):
+        """Feature map [B, width, h, w] and its mean [B, width] -> logits [B, 41]."""
+        return torch.cat([head(features) for head in self], 1).float()
+
+    def locate(self, maps, classes):
+        """Where classes come from: feature map, classes int64 [B, 12] -> float32 [B, 12, h, w].
+
+        Class activation maps (Zhou et al. 2016): a head is linear in the mean over the feature map,
+        so the same product at each of its places says what that place adds to the logit."""
+        weights = [head[1].weight[chosen] for head, chosen in zip(self, classes.T)]  # [B, width]
+        return torch.einsum("nac,nchw->nahw", torch.stack(weights, 1), maps)
+
+
+class ConvHeads(nn.Module):
+    """The report's future work (section 5): each attribute looks for itself, by a convolution and
+    attention over the map's places, before its Dropout and Linear."""
+
+    def __init__(self, width, dropout, branch=64):
         super().__init__()
-        self.conv, self.identities, self.rungs = head == "conv", identities, rungs
-        self.backbone = common.Backbone(state, rungs)
-        wide, count, branch = self.backbone.width, len(ATTRIBUTES), 64
-        if self.conv:
-            self.look = nn.Sequential(nn.Conv2d(wide, count * branch, 3, padding=1, bias=False),
-                                      nn.BatchNorm2d(count * branch), nn.ReLU())
-            self.place = nn.Conv2d(count * branch, count, 1, groups=count)
-        self.heads = nn.ModuleList(nn.Sequential(nn.Dropout(dropout), nn.Linear(branch if self.conv else wide, n))
-                                   for n in SIZES)
-        if identities:
-            self.neck = nn.BatchNorm1d(wide, affine=False) if "neck" in rungs else nn.Identity()
-            self.identify = nn.Linear(wide, identities, bias=False)
-            nn.init.normal_(self.identify.weight, std=0.001)
+        attributes = len(ATTRIBUTES)
+        self.look = nn.Sequential(
+            nn.Conv2d(width, attributes * branch, 3, padding=1, bias=False),
+            nn.BatchNorm2d(attributes * branch),
+            nn.ReLU(),
+        )
+        bound = branch**-0.5  # as PyTorch's layers begin
+        self.attention = nn.Parameter(torch.empty(attributes, branch).uniform_(-bound, bound))
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Dropout(dropout), nn.Linear(branch, count)) for count in CLASS_COUNTS
+        )
 
     def attend(self, maps):
-        """What each branch sees, [B, 12, 64, h * w], and its attention to the places: [B, 12, h * w], adds up to 1."""
-        seen = self.look(maps)
-        return seen.flatten(2).unflatten(1, (len(ATTRIBUTES), -1)), self.place(seen).flatten(2).softmax(2)
+        """What each branch sees, [B, 12, branch, h * w], and its attention to the places,
+        [B, 12, h * w], which adds up to 1."""
+        seen = self.look(maps).flatten(2).unflatten(1, self.attention.shape)
+        return seen, torch.einsum("nabp,ab->nap", seen, self.attention).softmax(2)
+
+    def forward(self, maps, features):
+        """Feature map [B, width, h, w] and its mean [B, width] -> logits [B, 41]."""
+        seen, attention = self.attend(maps)
+        pooled = torch.einsum("nabp,nap->anb", seen, attention)
+        return torch.cat([head(x) for head, x in zip(self.heads, pooled)], 1).float()
+
+    def locate(self, maps, classes):
+        """The attention to each place, [B, 12, h, w], whatever the classes."""
+        return self.attend(maps)[1].unflatten(2, maps.shape[2:])
+
+
+HEADS = {"linear": LinearHeads, "conv": ConvHeads}
+
+
+class AttributeNet(nn.Module):
+    """[report] figure 1: crops [B, 3, H, W] in 0..255 -> `Output` of logits."""
+
+    def __init__(self, backbone, heads):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = heads
 
     def forward(self, crops):
-        mirror = "mirror" in self.rungs and not self.training
-        maps, features = self.backbone(torch.cat([crops, crops.flip(3)]) if mirror else crops)
-        inputs = [features] * len(SIZES)
-        if self.conv:
-            seen, attention = self.attend(maps)
-            inputs = (seen @ attention[..., None])[..., 0].unbind(1)
-        logits = torch.cat([head(x) for head, x in zip(self.heads, inputs)], 1)
-        if not self.identities:
-            return logits
-        with torch.autocast(crops.device.type, enabled=False):  # from here on in float32: bfloat16 has three digits
-            necked = self.neck(features.float())
+        maps, features = self.backbone(crops)
+        return Output(logits=self.heads(maps, features))
+
+
+class JointNet(nn.Module):
+    """The strong recipe's network, of both stages: attributes and identities learned jointly (Lin
+    et al. 2019), identities behind a BNNeck (Luo et al. 2019), here without a scale.
+
+    crops [B, 3, H, W] in 0..255 -> `Output`. In training: logits, the features before the neck,
+    logits of identities. In evaluation: logits, and the features behind the neck at length 1, both,
+    with "mirror" in rungs, means over the crop and its mirror image. heads: None without
+    attributes."""
+
+    def __init__(self, backbone, heads, identities, rungs):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = heads
+        self.mirror = "mirror" in rungs
+        self.neck = nn.Identity()
+        if "neck" in rungs:
+            self.neck = nn.BatchNorm1d(backbone.width, affine=False)
+        self.identify = None
+        if "identity" in rungs:
+            self.identify = nn.Linear(backbone.width, identities, bias=False)
+            nn.init.normal_(self.identify.weight, std=0.001)
+
+    def forward(self, crops):
+        mirror = self.mirror and not self.training
+        if mirror:
+            crops = torch.cat([crops, crops.flip(3)])
+        maps, features = self.backbone(crops)
+        logits = None
+        if self.heads is not None:
+            logits = self.heads(maps, features)
+
+        # From here on in float32: bfloat16 has three digits.
+        with torch.autocast(crops.device.type, enabled=False):
+            features = features.float()
+            necked = self.neck(features)
             if self.training:
-                return torch.cat([logits, features.float(), self.identify(necked)], 1)
-            logits, necked = (x.float().unflatten(0, (1 + mirror, -1)).mean(0) for x in (logits, necked))
-            return torch.cat([logits, F.normalize(necked)], 1)
+                identities = None
+                if self.identify is not None:
+                    identities = self.identify(necked)
+                return Output(logits, features, identities)
+            if mirror:
+                necked = necked.unflatten(0, (2, -1)).mean(0)
+                if logits is not None:
+                    logits = logits.unflatten(0, (2, -1)).mean(0)
+            return Output(logits, F.normalize(necked))
 
 
-# What --without can leave out of the strong recipe; "identity": identities beside attributes; "mirror": at test.
-RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
+def make_backbone(settings, state=None):
+    """`common.Backbone` as the arguments of a run, a dict, ask for."""
+    return common.Backbone(state, last_stride=1 if "stride" in settings["rungs"] else 2)
+
+
+def make_network(settings, attributes=True, identities=0, state=None):
+    """The network that the arguments of a run, a dict, ask for: `AttributeNet` or `JointNet`.
+
+    attributes: whether it predicts them; identities: how many it learns; state: as of
+    `common.Backbone`."""
+    backbone = make_backbone(settings, state)
+    heads = None
+    if attributes:
+        heads = HEADS[settings["head"]](backbone.width, settings.get("dropout", 0.5))
+    if settings["recipe"] == "report":
+        return AttributeNet(backbone, heads)
+    return JointNet(backbone, heads, identities, settings["rungs"])
+
+
+# ------------------------------------------------------------------------------------------
+# Losses.
+
 # Each loss: its name in [report] table 2, whether it weighs classes, whether it is focal.
-LOSSES = {"ce": ("Vanilla CE", False, False), "wce": ("Weighted CE", True, False),
-          "focal": ("Focal", False, True), "alpha": ("AlphaFocal", True, True)}
+LOSSES = {
+    "ce": ("Vanilla CE", False, False),
+    "wce": ("Weighted CE", True, False),
+    "focal": ("Focal", False, True),
+    "alpha": ("AlphaFocal", True, True),
+}
 
 
 def attribute_loss(logits, labels, kind, weights=None, gamma=2.0):
-    """Sum over the attributes of the mean loss over the images that have a label ([report] section 3.1.2).
+    """Sum over the attributes of the mean loss over the images that have a label ([report] section
+    3.1.2): -> scalar.
 
-    logits: list of 12 tensors [B, classes]; labels: int64 [B, 12], -1 unknown; weights: as from `class_weights`.
-    kind: "ce" -log(p_t); "wce" w_t times that; "focal" (1 - p_t)^gamma times that (Lin et al. 2018, eq. 4);
-    "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that no p_t underflows."""
-    total, (_, weighted, focal) = 0, LOSSES[kind]
-    for k, z in enumerate(logits):
-        target, known = labels[:, k].clamp(min=0), labels[:, k] >= 0
-        log_p = F.log_softmax(z, 1, dtype=torch.promote_types(z.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+    logits: list of 12 tensors [B, classes]; labels: int64 [B, 12], -1 unknown; weights: as from
+    `class_weights`. kind: "ce" -log(p_t); "wce" w_t times that; "focal" (1 - p_t)^gamma times that
+    (Lin et al. 2018, eq. 4); "alpha" both (eq. 5, alpha = the weights). From log-softmax, so that
+    no p_t underflows."""
+    _, weighted, focal = LOSSES[kind]
+    total = 0
+    for k, scores in enumerate(logits):
+        target = labels[:, k].clamp(min=0)
+        known = labels[:, k] >= 0
+        log_p = F.log_softmax(scores, 1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        log_p = log_p.gather(1, target[:, None])[:, 0]  # of the true class
         loss = -log_p
         if focal:
-            loss = loss * (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma  # a slope at 0 is infinite for gamma < 1
-        loss = loss * (weights[k][target] if weighted else 1)
+            wrong = -torch.expm1(log_p)  # 1 - p_t
+            # For gamma < 1 the slope at 0 is infinite.
+            loss = loss * wrong.clamp(min=1e-12) ** gamma
+        if weighted:
+            loss = loss * weights[k][target]
         total = total + (loss * known).sum() / known.sum().clamp(min=1)
     return total
 
 
-def class_weights(labels):
-    """Inverse class frequencies ([report] section 3.1.2): labels int64 [N, 12] -> list of 12 float tensors [classes].
-
-    A class that does not occur weighs 0. The mean weight over the labelled images is 1: the scale of a plain loss."""
-    return [torch.where(n > 0, n.sum() / (n.clamp(min=1) * (n > 0).sum()), 0) for n in class_counts(labels)]
-
-
 def class_counts(labels):
     """Images per class: labels int64 [N, 12], -1 unknown -> list of 12 float tensors [classes]."""
-    return [torch.bincount(column[column >= 0], minlength=n).float() for column, n in zip(labels.T, SIZES)]
+    counts = []
+    for column, count in zip(labels.T, CLASS_COUNTS):
+        counts.append(torch.bincount(column[column >= 0], minlength=count).float())
+    return counts
 
 
-# --------------------------------------------------------------------------------------- scoring, training, results
+def class_weights(labels):
+    """Inverse class frequencies ([report] section 3.1.2): labels int64 [N, 12] -> list of 12 float
+    tensors [classes].
 
-def log_probabilities(output):
-    """Of all classes, from a network's output, which begins with their logits: [N, 41 or more] -> float32 [N, 41]."""
-    return torch.cat([z.log_softmax(1) for z in output[:, :sum(SIZES)].split(SIZES, 1)], 1)
+    A class that does not occur weighs 0. The mean weight over the labelled images is 1, so that the
+    loss keeps the scale of a plain one."""
+    weights = []
+    for counts in class_counts(labels):
+        present = (counts > 0).sum()
+        inverse = counts.sum() / (counts.clamp(min=1) * present)
+        weights.append(torch.where(counts > 0, inverse, 0))
+    return weights
+
+
+class RecognitionLoss(nn.Module):
+    """The loss of stage 1: `attribute_loss` and, if the network learns identities, their
+    cross-entropy with smooth labels. Parameters that are added here are trained as well."""
+
+    def __init__(self, args, market, rows):
+        super().__init__()
+        self.kind = args.loss
+        self.gamma = args.gamma
+        self.labels = market.labels.to(args.device)
+        self.weights = [w.to(args.device) for w in class_weights(market.labels[rows])]
+        self.identities = number_identities(market, rows).to(args.device)
+
+    def forward(self, output, rows):
+        """`Output` for B crops, and their rows, int64 [1, B] -> scalar."""
+        rows = rows[0]
+        logits = output.logits.split(CLASS_COUNTS, 1)
+        loss = attribute_loss(logits, self.labels[rows], self.kind, self.weights, self.gamma)
+        if output.identities is not None:
+            true = self.identities[rows]
+            loss = loss + F.cross_entropy(output.identities, true, label_smoothing=0.1)
+        return loss
+
+
+def number_identities(market, rows):
+    """0, 1, 2, ... for the identities in `rows` of a `Market`, and no meaning for others: int64
+    [N]."""
+    return torch.searchsorted(market.person_ids[rows].unique(), market.person_ids)
+
+
+# ------------------------------------------------------------------------------------------
+# Predictions and scores.
+
+
+def log_probabilities(logits):
+    """Of all classes: logits float32 [N, 41] -> float32 [N, 41]."""
+    return torch.cat([part.log_softmax(1) for part in logits.split(CLASS_COUNTS, 1)], 1)
 
 
 def most_probable(log_p):
-    """Of each attribute the most probable class and its probability: [N, 41] -> int64 [N, 12], float32 [N, 12]."""
-    best = [part.max(1) for part in log_p.split(SIZES, 1)]
-    return torch.stack([b.indices for b in best], 1), torch.stack([b.values for b in best], 1).exp()
+    """Each attribute's most probable class and its probability: log-probabilities [N, 41] ->
+    (int64 [N, 12], float32 [N, 12])."""
+    best = [part.max(1) for part in log_p.split(CLASS_COUNTS, 1)]
+    classes = torch.stack([b.indices for b in best], 1)
+    return classes, torch.stack([b.values for b in best], 1).exp()
 
 
 def predict(model, crops, rows=None):
-    """Of uint8 crops [N, 3, H, W]: -> as `most_probable`, on the CPU."""
-    return [values.cpu() for values in most_probable(log_probabilities(common.infer(model, crops, rows)))]
+    """Of uint8 crops [N, 3, H, W], or of those rows of them: -> as `most_probable`, on the CPU."""
+    logits = common.infer(model, crops, rows).logits
+    classes, probabilities = most_probable(log_probabilities(logits))
+    return classes.cpu(), probabilities.cpu()
 
 
 def score(predicted, labels):
-    """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12], f1 [12]).
+    """Accuracy and macro F1 of each attribute, fractions: int64 [N, 12] twice -> (accuracy [12],
+    f1 [12]).
 
-    Macro F1 is the mean over the classes in truth or prediction, as scikit-learn's. Labels of -1 do not count: where
-    there are no others, NaN."""
-    scores = []
-    for guess, truth, n in zip(predicted.T, labels.T, SIZES):
-        pairs = (truth * n + guess)[truth >= 0]
-        confusion = torch.bincount(pairs, minlength=n * n).view(n, n).double()  # a row per true class
-        hits, either = confusion.diag(), confusion.sum(0) + confusion.sum(1)
-        scores.append(torch.stack([hits.sum() / confusion.sum(), (2 * hits / either)[either > 0].mean()]))
-    return torch.stack(scores, 1).unbind()
+    Macro F1 is the mean over the classes in truth or prediction, as scikit-learn's. Labels of -1 do
+    not count: where there are no others, NaN."""
+    accuracy = []
+    f1 = []
+    for guess, truth, count in zip(predicted.T, labels.T, CLASS_COUNTS):
+        pairs = (truth * count + guess)[truth >= 0]
+        confusion = torch.bincount(pairs, minlength=count * count)
+        confusion = confusion.view(count, count).double()  # a row per true class
+        hits = confusion.diag()
+        occurring = confusion.sum(0) + confusion.sum(1)
+        accuracy.append(hits.sum() / confusion.sum())
+        f1.append((2 * hits / occurring)[occurring > 0].mean())
+    return torch.stack(accuracy), torch.stack(f1)
 
 
-def activation_maps(model, crops, found):
-    """Where classes come from: uint8 crops [N, 3, H, W], classes int64 [N, 12] -> float32 [N, 12, h, w].
-
-    Class activation maps (Zhou et al. 2016): a linear head is linear in the mean over the feature map, so the same
-    product at each of its places says what that place adds to the logit. Of a conv head: its attention."""
+def activation_maps(model, crops, classes):
+    """Where classes come from, as of the heads' `locate`: uint8 crops [N, 3, H, W], int64 [N, 12]
+    -> float32 [N, 12, h, w]."""
     device = next(model.parameters()).device
+    model.eval()
     with torch.inference_mode():
-        maps, _ = model.eval().backbone(crops.to(device))
-        if model.conv:
-            return model.attend(maps)[1].unflatten(2, maps.shape[2:]).cpu()
-        weights = torch.stack([head[1].weight[which] for head, which in zip(model.heads, found.T.to(device))], 1)
-        return torch.einsum("nac,nchw->nahw", weights, maps).cpu()
+        maps, _ = model.backbone(crops.to(device))
+        return model.heads.locate(maps, classes.to(device)).cpu()
+
+
+def score_and_show(title, model, market, rows, training_labels):
+    """Score `rows` of a `Market` and print that, beside naming each attribute's commonest class in
+    training: -> dict of name -> dict of attribute, or "global" for their mean -> fraction."""
+    labels = market.labels[rows]
+    predicted, _ = predict(model, market.images, rows)
+    accuracy, f1 = score(predicted, labels)
+    commonest = torch.stack([counts.argmax() for counts in class_counts(training_labels)])
+    common_accuracy, common_f1 = score(commonest.expand_as(labels), labels)
+    columns = {
+        "accuracy": accuracy,
+        "commonest accuracy": common_accuracy,
+        "f1": f1,
+        "commonest f1": common_f1,
+    }
+    scores = {}
+    for name, values in columns.items():
+        scores[name] = dict(zip(ATTRIBUTES, values.tolist())) | {"global": values.mean().item()}
+    show_scores(title, scores)
+    return scores
+
+
+def show_scores(title, scores):
+    """Print percentages as [report] tables 2 and 3 do, from a dict of name -> dict of attribute ->
+    fraction."""
+    header = [""] + [name.replace("f1", "F1") for name in scores]
+    rows = []
+    for attribute in (*ATTRIBUTES, "global"):
+        fractions = [values[attribute] for values in scores.values()]
+        rows.append([attribute.capitalize()] + [100 * fraction for fraction in fractions])
+    print_table(title, header, rows)
+
+
+# ------------------------------------------------------------------------------------------
+# Tables and pictures of both scripts.
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: told apart by the colour-blind
+INK = "#222222"
+GREY = "#8a8a8a"
+
+
+def print_table(title, header, rows):
+    """Print rows [name, cells...] under a header; a cell is a number, shown with two decimals, or a
+    text."""
+
+    def as_text(cell):
+        if isinstance(cell, str):
+            return " ".join(cell.splitlines())
+        return "-" if math.isnan(cell) else f"{cell:.2f}"
+
+    lines = [header]
+    for row in rows:
+        lines.append([as_text(cell) for cell in row])
+    columns = []
+    for k, column in enumerate(zip(*lines)):
+        width = max(map(len, column))
+        if k == 0 or re.search("[a-z]{2}", " ".join(column[1:])):  # words, and not numbers
+            columns.append([text.ljust(width) for text in column])
+        else:
+            columns.append([text.rjust(width) for text in column])
+    print(f"\n{title}")
+    for line in zip(*columns):
+        print("  ".join(line).rstrip(), flush=True)
+
+
+def write_picture(path, picture):
+    """Write a Pillow image as PNG, and say where it is."""
+    common.write_whole(path, lambda file: picture.save(file, "PNG"))
+    print(f"As a picture: {path}", file=sys.stderr)
+
+
+def draw_sheet(path, rows, height=256):
+    """Draw crops with captions into a PNG file: rows of cells (crop uint8 [3, H, W], lines, colour
+    of a frame or None). A line is a text or a (text, colour); what is too long is cut."""
+    font = ImageFont.load_default(14)
+    margin = 8
+    line_height = 18
+    crop = rows[0][0][0]
+    width = round(height * crop.shape[2] / crop.shape[1])
+    lines = max(max(len(lines) for _, lines, _ in row) for row in rows)
+    cell_width = max(150, width) + 2 * margin
+    cell_height = height + line_height * lines + 3 * margin
+    columns = max(len(row) for row in rows)
+    size = (cell_width * columns + margin, cell_height * len(rows) + margin)
+    picture = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(picture)
+
+    for i, row in enumerate(rows):
+        for k, (crop, lines, frame) in enumerate(row):
+            x = margin + k * cell_width
+            y = margin + i * cell_height
+            image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            picture.paste(ImageOps.expand(image, 4, frame or "white"), (x - 4, y - 4))
+            for j, line in enumerate(lines):
+                text, colour = (line, INK) if isinstance(line, str) else line
+                text = fit_text(text, pen, font, cell_width - 2 * margin)
+                pen.text((x, y + height + margin + line_height * j), text, colour, font)
+    write_picture(path, picture)
+
+
+def fit_text(text, pen, font, width):
+    """Cut a text to a width in pixels; the font has no other letters than ASCII's."""
+    text = " ".join(text.encode("ascii", "replace").decode().splitlines())
+    while pen.textlength(text, font) > width:
+        text = text.removesuffix("...")[:-1] + "..."
+    return text
+
+
+# ------------------------------------------------------------------------------------------
+# Training and scoring.
 
 
 def load_train(args, annotated=True):
     """The train set; UserError if it holds junk or, where annotations are needed, none."""
     market = common.load_market(args.data, "train", args.size, annotated)
-    if junk := [name for name, i in zip(market.names, market.person_ids.tolist()) if i < 1]:
-        raise UserError(f"{junk[0]} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move it away.")
+    for name, person_id in zip(market.names, market.person_ids.tolist()):
+        if person_id < 1:
+            raise UserError(
+                f"{name} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move "
+                "it away."
+            )
     if annotated and (market.labels < 0).any():
-        raise UserError(f"{args.data}: no annotations_train.csv or market_attribute.mat. Put one there; reid.py needs "
-                        "none, but with --recipe strong add --without attributes.")
+        raise UserError(
+            f"{args.data}: no annotations_train.csv or market_attribute.mat. Put one there; "
+            "reid.py needs none, but with --recipe strong add --without attributes."
+        )
     return market
 
 
 def saved_split(checkpoint, person_ids, path):
-    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation [N] bool)."""
-    train, validation = checkpoint["train_ids"], checkpoint["validation_ids"]
+    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation
+    [N] bool)."""
+    train = checkpoint["train_ids"]
+    validation = checkpoint["validation_ids"]
     if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
-        raise UserError(f"{path} was trained on other identities than this data set's: pass its --data.")
+        raise UserError(
+            f"{path} was trained on other identities than this data set's: pass its --data."
+        )
     return torch.isin(person_ids, train), torch.isin(person_ids, validation)
 
 
 def train(args, record, market, split):
     """Train with args.loss, write checkpoint and record: -> as `score_and_show`, on validation."""
-    rows, validation = (which.nonzero()[:, 0] for which in split)
-    labels = market.labels.to(args.device)
-    weights = [w.to(args.device) for w in class_weights(market.labels[rows])]
+    rows, validation = [which.nonzero()[:, 0] for which in split]
+    train_ids, validation_ids = [market.person_ids[which].unique() for which in split]
     state = common.backbone_weights(args)
     torch.manual_seed(args.seed)  # the same start for each loss
-    train_ids, validation_ids = (market.person_ids[part].unique() for part in split)
-    identities = torch.searchsorted(train_ids, market.person_ids).to(args.device)  # 0, 1, ... of those to train on
-    count = len(train_ids) if args.recipe == "strong" else 0
-    model = AttributeNet(args.dropout, state, args.head, count, args.rungs).to(args.device)
+    model = make_network(vars(args), identities=len(train_ids), state=state).to(args.device)
+    loss = RecognitionLoss(args, market, rows)
 
-    def plan(generator):
+    def sample_epoch(generator):  # each crop once
         return rows[torch.randperm(len(rows), generator=generator)][:, None]
 
-    def criterion(outputs, rows):
-        logits = outputs[0, :, :sum(SIZES)].split(SIZES, 1)
-        loss = attribute_loss(logits, labels[rows[0]], args.loss, weights, args.gamma)
-        if "identity" in args.rungs:
-            loss = loss + F.cross_entropy(outputs[0, :, -count:], identities[rows[0]], label_smoothing=0.1)
-        return loss
-
     def validate():
-        accuracy, f1 = score(predict(model, market.images, validation)[0], market.labels[validation])
+        predicted, _ = predict(model, market.images, validation)
+        accuracy, f1 = score(predicted, market.labels[validation])
         return {"f1": f1.mean().item(), "accuracy": accuracy.mean().item()}
 
-    print(f"\n{LOSSES[args.loss][0]}: {len(rows)} training and {len(validation)} validation crops of {len(train_ids)} "
-          f"and {len(validation_ids)} identities")
-    checkpoint = {"kind": "par", "record": record, "train_ids": train_ids, "validation_ids": validation_ids}
-    record = common.fit(model, market.images, plan, criterion, validate, args, checkpoint)
+    print(
+        f"\n{LOSSES[args.loss][0]}: {len(rows)} training and {len(validation)} validation crops of "
+        f"{len(train_ids)} and {len(validation_ids)} identities"
+    )
+    checkpoint = {
+        "kind": "par",
+        "record": copy.deepcopy(record),
+        "train_ids": train_ids,
+        "validation_ids": validation_ids,
+    }
+    record = common.fit(model, market.images, sample_epoch, loss, validate, args, checkpoint)
     with common.timed(record["seconds"], "scoring"):
-        scores = score_and_show(f"{args.out} on validation (%)", model, market, validation, rows)
-    record["final"] = {"best epoch": record["best epoch"], "validation": {
-        name: {k: round(v, 4) for k, v in values.items()} for name, values in scores.items()}}
+        title = f"{args.out} on validation (%)"
+        scores = score_and_show(title, model, market, validation, market.labels[rows])
+    rounded = {}
+    for name, values in scores.items():
+        rounded[name] = {attribute: round(value, 4) for attribute, value in values.items()}
+    record["final"] = {"best epoch": record["best epoch"], "validation": rounded}
     common.write_record(args.out, record)
-    common.say_seconds(record["seconds"])
+    say_seconds(record["seconds"])
     return scores
 
 
-def score_and_show(title, model, market, rows, training, reference=None):
-    """Score `rows` of a `Market`, beside naming each attribute's commonest class among the rows `training` (of another
-    one, `reference`), and print that: -> dict of name -> dict of attribute, or "global" for their mean -> fraction."""
-    labels, counts = market.labels[rows], class_counts((reference or market).labels[training])
-    accuracy, f1 = score(predict(model, market.images, rows)[0], labels)
-    commonest = score(torch.stack([n.argmax() for n in counts]).expand_as(labels), labels)
-    scores = {"accuracy": accuracy, "commonest accuracy": commonest[0], "f1": f1, "commonest f1": commonest[1]}
-    scores = {k: dict(zip([*ATTRIBUTES, "global"], [*v.tolist(), v.mean().item()])) for k, v in scores.items()}
-    show(title, scores)
-    return scores
+def train_all_losses(args, record, market, split):
+    """Train with each of the four losses, and print [report] tables 2 and 3."""
+    scores = {}
+    for kind in LOSSES:
+        out = args.out.with_stem(f"{args.out.stem}_{kind}")
+        own = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
+        scores[kind] = train(own, record, market, split)
+    for title, name in (("Table 2: accuracy", "accuracy"), ("Table 3: macro F1", "f1")):
+        columns = {LOSSES[kind][0]: found[name] for kind, found in scores.items()}
+        columns["commonest"] = scores["ce"][f"commonest {name}"]
+        show_scores(f"{title} (%) on validation", columns)
 
 
-def show(title, scores):
-    """Print percentages as [report] tables 2 and 3 do, from a dict of name -> dict of attribute -> fraction."""
-    rows = [[a.capitalize(), *(100 * v[a] for v in scores.values())] for a in (*ATTRIBUTES, "global")]
-    common.table(title, ["", *(name.replace("f1", "F1") for name in scores)], rows)
-
-
-def evaluate(args, record, checkpoint):
-    """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
-    model, seconds = load(args, checkpoint), record["seconds"]
-    with common.timed(seconds, "loading"):
-        market, test = load_train(args), common.load_market(args.data, "gallery", args.size)
-    training, validation = saved_split(checkpoint, market.person_ids, args.eval)
-    for name, part, chosen in (("validation", market, validation), ("test", test, (test.labels >= 0).all(1))):
-        rows, people = chosen.nonzero()[:, 0], part.person_ids[chosen].unique()
-        title = f"{args.eval} on {len(rows)} {name} crops of {len(people)} identities (%)"
-        with common.timed(seconds, "scoring"):
-            if len(rows):
-                score_and_show(title, model, part, rows, training, market)
-            else:
-                print(f"\nNo {name} crops are annotated, or all were trained on: not scored.")
-    common.say_seconds(seconds)
-
-
-def load(args, checkpoint, model=None):
-    """A checkpoint's weights in `model` or, without one, in the `AttributeNet` it tells of; on args.device."""
-    own, count = checkpoint["record"]["arguments"], len(checkpoint["train_ids"])
-    model = model or AttributeNet(head=own["head"], identities=count * (own["recipe"] == "strong"), rungs=own["rungs"])
+def load_network(args, checkpoint):
+    """The network of a checkpoint of stage 1, or of the strong stage 2, on args.device."""
+    settings = checkpoint["record"]["arguments"]
+    attributes = checkpoint["kind"] == "par" or "attributes" in settings["rungs"]
+    model = make_network(settings, attributes, len(checkpoint["train_ids"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(args.device)
 
 
+def load_predictor(path):
+    """The checkpoint that predicts attributes: that of par.py in file `path` or, of one of reid.py,
+    itself or the stage 1 kept in it."""
+    checkpoint = common.load_checkpoint(path, "par", "reid")
+    own = checkpoint["kind"] == "par" or "attributes" in checkpoint["record"]["arguments"]["rungs"]
+    if not own:
+        checkpoint = checkpoint["stage 1"]
+        if checkpoint is None:
+            raise UserError(f"{path} predicts no attributes: pass a checkpoint of par.py.")
+    return checkpoint
+
+
+def evaluate(args, record, checkpoint):
+    """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
+    model = load_network(args, checkpoint)
+    seconds = record["seconds"]
+    with common.timed(seconds, "loading"):
+        market = load_train(args)
+        test = common.load_market(args.data, "gallery", args.size)
+    training, validation = saved_split(checkpoint, market.person_ids, args.eval)
+    annotated = (test.labels >= 0).all(1)
+
+    for name, part, chosen in (("validation", market, validation), ("test", test, annotated)):
+        rows = chosen.nonzero()[:, 0]
+        if len(rows) == 0:
+            print(f"\nNo {name} crops are annotated, or all were trained on: not scored.")
+            continue
+        people = len(part.person_ids[chosen].unique())
+        title = f"{args.eval} on {len(rows)} {name} crops of {people} identities (%)"
+        with common.timed(seconds, "scoring"):
+            score_and_show(title, model, part, rows, market.labels[training])
+    say_seconds(seconds)
+
+
+# ------------------------------------------------------------------------------------------
+# The user's own images, and statistics.
+
+
+def list_files(paths):
+    """The user's own files, and those in folders and below, but for hidden ones: -> list of Path. A
+    folder that cannot be read is named on stderr."""
+
+    def name_skipped(error):
+        print(f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr)
+
+    files = []
+    for path in map(Path, paths):
+        if path.is_file():
+            files.append(path)
+            continue
+        inside = []
+        for folder, folders, names in os.walk(path, onerror=name_skipped):
+            folders[:] = [name for name in folders if not common.is_ignored(name)]  # to walk on in
+            inside += [Path(folder, name) for name in names if not common.is_ignored(name)]
+        files += sorted(file for file in inside if file.is_file())
+    return files
+
+
 def predict_files(args, record, checkpoint):
-    """Write the attributes of the user's own images, as CSV on standard output; with --sheet and --maps also drawn."""
-    model, seconds = load(args, checkpoint), record["seconds"]
+    """Write the attributes of the user's own images as CSV on standard output; with --sheet and
+    --maps also draw them."""
+    model = load_network(args, checkpoint)
+    seconds = record["seconds"]
     with common.timed(seconds, "reading"):
-        crops, files = common.read_crops(common.user_files(args.predict), args.size, skip=True)
+        crops, files = common.read_crops(list_files(args.predict), args.size, skip=True)
     if not files:
         raise UserError(f"No image could be read from {', '.join(map(str, args.predict))}.")
     with common.timed(seconds, "predicting"):
-        found, sure = predict(model, crops)
-    named = [[classes[c] for classes, c in zip(ATTRIBUTES.values(), row)] for row in found.tolist()]
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["file", *ATTRIBUTES, *(f"{a}_probability" for a in ATTRIBUTES)])
-    table.writerows([name, *row, *(f"{v:.3f}" for v in p)] for name, row, p in zip(files, named, sure.tolist()))
-    common.say_seconds(seconds, sys.stderr)
-    captions = [[f"{a}: {c}  {v:.2f}" for a, c, v in zip(ATTRIBUTES, row, p)] for row, p in zip(named, sure.tolist())]
-    shown = [*zip(crops, (file.stem for file in files), captions)][:60]
+        classes, probabilities = predict(model, crops)
+
+    names = []
+    for row in classes.tolist():
+        names.append([own[c] for own, c in zip(ATTRIBUTES.values(), row)])
+    write_csv(files, names, probabilities)
+    say_seconds(seconds, sys.stderr)
+    captions = []
+    for own, row in zip(names, probabilities.tolist()):
+        captions.append([f"{a}: {name}  {p:.2f}" for a, name, p in zip(ATTRIBUTES, own, row)])
     if args.sheet:
-        cells = [(crop, [name, *lines], None) for crop, name, lines in shown]
-        common.sheet(args.out.with_name("par_sheet.png"), [cells[i:i + 6] for i in range(0, len(cells), 6)])
+        draw_predictions(args.out.with_name("par_sheet.png"), crops, files, captions)
     if args.maps:
-        maps = activation_maps(model, crops[:20], found[:20])
-        maps = F.interpolate(maps - maps.amin((2, 3), keepdim=True), crops.shape[2:], mode="bilinear")[:, :, None]
-        share = 0.7 * (maps / maps.amax((3, 4), keepdim=True).clamp(min=1e-9)) ** 2  # [n, 12, 1, H, W]
-        lit = (crops[:20, None] * (1 - share) + torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1) * share).byte()  # orange
-        common.sheet(args.out.with_name("par_maps.png"), height=192, rows=[
-            [(crop, [name], None), *((mapped, [line], None) for mapped, line in zip(row, lines))]
-            for (crop, name, lines), row in zip(shown, lit)])
+        maps = activation_maps(model, crops[:20], classes[:20])
+        draw_maps(args.out.with_name("par_maps.png"), crops, files, captions, maps)
+
+
+def write_csv(files, names, probabilities):
+    """Write N files' classes, 12 names each, and probabilities, [N, 12], to standard output."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    header = ["file", *ATTRIBUTES] + [f"{attribute}_probability" for attribute in ATTRIBUTES]
+    writer.writerow(header)
+    for file, own, row in zip(files, names, probabilities.tolist()):
+        writer.writerow([file, *own] + [f"{p:.3f}" for p in row])
+
+
+def draw_predictions(path, crops, files, captions):
+    """Draw the first 60 crops with their attributes, six in a row."""
+    cells = []
+    for crop, file, lines in list(zip(crops, files, captions))[:60]:
+        cells.append((crop, [file.stem, *lines], None))
+    draw_sheet(path, [cells[i : i + 6] for i in range(0, len(cells), 6)])
+
+
+def draw_maps(path, crops, files, captions, maps):
+    """Draw crops, a row each, and in orange where each attribute comes from: maps float32
+    [n, 12, h, w]."""
+    count = len(maps)
+    orange = torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1)
+    maps = maps - maps.amin((2, 3), keepdim=True)
+    maps = F.interpolate(maps, crops.shape[2:], mode="bilinear")[:, :, None]  # [n, 12, 1, H, W]
+    share = 0.7 * (maps / maps.amax((3, 4), keepdim=True).clamp(min=1e-9)) ** 2
+    lit = (crops[:count, None] * (1 - share) + orange * share).byte()
+    rows = []
+    for crop, file, lines, mapped in zip(crops[:count], files, captions, lit):
+        row = [(crop, [file.stem], None)]
+        row += [(picture, [line], None) for picture, line in zip(mapped, lines)]
+        rows.append(row)
+    draw_sheet(path, rows, height=192)
 
 
 def statistics(args):
-    """Print how often each class occurs in the train set ([report] table 4) and draw it (figure 4)."""
+    """Print how often each class occurs in the train set ([report] table 4) and draw it (figure
+    4)."""
     market = load_train(args)
-    identities = torch.cat([market.person_ids[:, None], market.labels], 1).unique(dim=0)  # a row each
-    crops, people = class_counts(market.labels), class_counts(identities[:, 1:])
-    rows = [[f"{a} {name}", f"{c:.0f}", 100 * (c / n.sum()).item(), f"{p:.0f}", 100 * (p / m.sum()).item()]
-            for (a, classes), n, m in zip(ATTRIBUTES.items(), crops, people) for name, c, p in zip(classes, n, m)]
-    common.table(f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(identities)} identities",
-                 ["", "crops", "%", "identities", "%"], rows)
-    font, tall = ImageFont.load_default(26), 40
+    identities = torch.cat([market.person_ids[:, None], market.labels], 1).unique(
+        dim=0
+    )  # a row each
+    crop_counts = class_counts(market.labels)
+    identity_counts = class_counts(identities[:, 1:])
+    rows = []
+    for k, (attribute, classes) in enumerate(ATTRIBUTES.items()):
+        for name, crops, people in zip(classes, crop_counts[k], identity_counts[k]):
+            share = 100 * (crops / crop_counts[k].sum()).item()
+            people_share = 100 * (people / identity_counts[k].sum()).item()
+            row = [f"{attribute} {name}", f"{crops:.0f}", share, f"{people:.0f}", people_share]
+            rows.append(row)
+    print_table(
+        f"Table 4: classes in {args.data}, {len(market.names)} train crops of {len(identities)} "
+        "identities",
+        ["", "crops", "%", "identities", "%"],
+        rows,
+    )
+    draw_statistics(args.out.with_name("par_stats.png"), rows)
+
+
+def draw_statistics(path, rows):
+    """[report] figure 4: a bar for each row of `statistics`."""
+    font = ImageFont.load_default(26)
+    tall = 40
     picture = Image.new("RGB", (1240, tall * (len(rows) + 2)), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((350, tall), "Figure 4: % of the train crops", common.INK, font, "lm")
+    pen.text((350, tall), "Figure 4: % of the train crops", INK, font, "lm")
     for k, (name, _, percent, *_) in enumerate(rows):
-        y, end, attribute = tall * (k + 2), 350 + 7 * percent, name.split()[0]
-        pen.text((335, y), name, common.INK, font, "rm")
-        pen.rectangle((350, y - 15, end, y + 15), common.COLOURS[list(ATTRIBUTES).index(attribute) % 2])
-        pen.text((end + 12, y), f"{percent:.1f} %", common.INK, font, "lm")
-    common.write_picture(args.out.with_name("par_stats.png"), picture)
+        y = tall * (k + 2)
+        end = 350 + 7 * percent
+        attribute = list(ATTRIBUTES).index(name.split()[0])
+        pen.text((335, y), name, INK, font, "rm")
+        pen.rectangle((350, y - 15, end, y + 15), COLOURS[attribute % 2])
+        pen.text((end + 12, y), f"{percent:.1f} %", INK, font, "lm")
+    write_picture(path, picture)
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------
+# The command line of both scripts.
 
-def parser():
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.split("[report]")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("stage 1").add_argument
-    add("--loss", choices=[*LOSSES, "all"], default="wce", help="cross-entropy; weighted by inverse class frequency; "
-        "focal; alpha-focal (both); or all in turn (wce, the report's best by F1)")
-    add("--gamma", type=common.number(float, 0), default=2.0, metavar="G", help="of focal losses (2, Lin et al. 2018)")
-    add("--head", choices=("linear", "conv"), default="linear", help="conv: each attribute looks for itself (linear)")
-    add("--dropout", type=common.number(float, 0, 0.99), default=0.5, metavar="P", help="before each head (0.5)")
-    instead = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
-    instead("--eval", type=Path, metavar="FILE", help="score this checkpoint, also one of reid.py")
-    instead("--stats", action="store_true", help="class frequencies of the train set: table 4 and figure 4")
-    add = parser.add_argument_group("with --eval").add_argument
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="attributes of images and folders, as CSV")
-    add("--sheet", action="store_true", help="with --predict: draw the first 60 with their attributes, par_sheet.png")
-    add("--maps", action="store_true", help="with --predict: draw where those of the first 20 come from, par_maps.png")
-    common.shared_flags(parser, (15, 10), (3e-4, 2e-3, 5e-4), (32, 64), "par_best.pt", RUNGS)
+TRAINING_FLAGS = "recipe weights epochs lr warmup batch patience resume"
+
+
+def number(kind, low, high=10**9, word=None):
+    """An argparse type: `kind`, int or float, from `low` to `high`; or `word`."""
+
+    def number(text):  # argparse says this name if `kind` cannot read the text
+        if text == word:
+            return text
+        if not low <= kind(text) <= high:
+            wanted = f"a number from {low} to {high}"
+            if word is not None:
+                wanted = f"{word} or {wanted}"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return kind(text)
+
+    return number
+
+
+def image_size(text):
+    """An argparse type: "128x64" -> (128, 64), height and width."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if min(size) < 32 or max(size) > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, each from 32 to 1024")
+    return size
+
+
+def shared_flags(parser, defaults, out, rungs):
+    """Add the flags of both scripts.
+
+    defaults: dict of "report", "strong" and "pretrained" (strong, from pretrained weights) -> dict
+    of epochs, lr, batch and patience. `start` puts in those that the command line leaves open."""
+    parser.set_defaults(rungs=rungs, defaults=defaults)
+    recipe_flags(parser.add_argument_group("recipe (defaults in brackets)"), defaults, rungs)
+    group = parser.add_argument_group("data, device and output (defaults in brackets)")
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of Market-1501 (./Market-1501-v15.09.15, else a drawn demo set)",
+    )
+    group.add_argument(
+        "--size",
+        type=image_size,
+        metavar="HxW",
+        help="height x width that crops are resized to (128x64, or the checkpoint's)",
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="seed of split, weights and sampling (0)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="compute on this device (auto: the fastest there is)",
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        metavar="FILE",
+        help="write the best checkpoint here, and pictures beside it (%(default)s)",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was cut off, after its last whole epoch",
+    )
+
+
+def recipe_flags(group, defaults, rungs):
+    """Add what says how to train."""
+    group.add_argument(
+        "--recipe",
+        choices=("report", "strong"),
+        default="report",
+        help="train as the report does, or with all that is known since (report)",
+    )
+    group.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=rungs,
+        metavar="RUNG",
+        help="leave these steps out of the strong recipe: " + ", ".join(rungs),
+    )
+    group.add_argument(
+        "--weights",
+        metavar="W",
+        help="start from imagenet, none or a FILE of torchvision's ResNet18 (imagenet; for the "
+        "demo set: none)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=number(float, 0, 1),
+        default=0.1,
+        metavar="F",
+        help="fraction of all steps in which the rate rises, before it falls to 0 (0.1)",
+    )
+    whole = number(int, 1)
+    by_recipe = {
+        "epochs": (whole, "train for N epochs"),
+        "lr": (number(float, 1e-12), "peak learning rate"),
+        "batch": (
+            number(int, 2),
+            "images, triplets or, by stage 2's strong recipe, groups of four crops of an identity "
+            "in a step",
+        ),
+        "patience": (whole, "stop after N epochs without a better one"),
+    }
+    for name, (kind, text) in by_recipe.items():
+        values = ", ".join(f"{recipe}: {own[name]}" for recipe, own in defaults.items())
+        group.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} ({values})")
+
+
+def start(args, source=None, checkpoint=None, data=True):
+    """Settle what the command line leaves open, say so, and begin the run's record: -> that dict.
+
+    A checkpoint, read from the file `source`, decides the size. data: whether the command reads the
+    data set."""
+    if args.out.suffix != ".pt":
+        raise UserError(f"--out {args.out} is no name for a checkpoint: give one that ends in .pt.")
+    args.device = common.choose_device(args.device)
+    if "RANK" in os.environ:  # torchrun has started this process
+        common.join_processes(args)
+    torch.backends.cudnn.benchmark = True  # shapes do not change, so choosing an algorithm pays
+    common.keep_freed_memory()
+
+    size = args.size or (128, 64)
+    if checkpoint is not None:
+        size = checkpoint["record"]["arguments"]["size"]
+    if args.size not in (None, size):
+        raise UserError(f"{source} was trained with another --size: leave that out.")
+    args.size = size
+    if data:
+        args.data = common.find_data(args.data)
+        demo = (args.data / common.DRAWN).is_file()
+    else:
+        args.data = Path(checkpoint["record"]["data"]["folder"])
+        demo = checkpoint["record"]["data"]["drawn demo set"]
+    if args.weights is None:
+        args.weights = "none" if demo else "imagenet"
+    settle_recipe(args)
+    world = common.processes()[1]
+    if args.batch % world != 0 or args.batch < 2 * world:
+        raise UserError(
+            f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of "
+            f"{world}, two or more for each."
+        )
+
+    record = {
+        "data": {"folder": str(args.data), "drawn demo set": demo},
+        "seconds": {},
+        "precision": common.precision(torch.device(args.device)),
+        "threads": torch.get_num_threads(),
+        "processes": world,
+        "machine": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__,
+        },
+    }
+    describe_start(args, record, source, data)
+    return record
+
+
+def settle_recipe(args):
+    """Put into the arguments which steps of the strong recipe to take, and the defaults that the
+    command line leaves open."""
+    if args.without and (args.recipe == "report" or args.eval):
+        raise UserError(
+            "--without leaves steps out of training by --recipe strong: pass that too, and no "
+            "--eval."
+        )
+    args.without.sort()
+    if args.recipe == "report":
+        args.rungs = []
+    args.rungs = [rung for rung in args.rungs if rung not in args.without]
+    kind = args.recipe
+    if kind == "strong" and args.weights != "none":
+        kind = "pretrained"
+    for name, value in args.defaults[kind].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    del args.defaults
+
+
+def describe_start(args, record, source, data):
+    """Say what the command runs on and with; on stderr if it reads no data set, as results on
+    stdout may go into a file."""
+    lines = []
+    if record["data"]["drawn demo set"]:
+        lines.append(
+            "DEMO SET of drawn people: its figures say nothing about Market-1501. README says how "
+            "to get that."
+        )
+    parts = [
+        f"{'data' if data else 'trained on'} {args.data}",
+        f"{args.device}, {record['precision']}",
+        f"{record['processes']} x {record['threads']} threads",
+        f"{args.size[0]}x{args.size[1]}",
+        f"{source or f'weights {args.weights}'}",
+    ]
+    if not args.eval:
+        parts.append(f"seed {args.seed}")
+    lines.append(" | ".join(parts))
+    print("\n".join(lines), file=sys.stdout if data else sys.stderr, flush=True)
+
+
+def check_output(path, suffix):
+    """Make the folder of `path` and try to write in it: better before the work than after."""
+    if path.is_dir() or path.suffix != suffix:
+        raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): choose another place."
+        ) from None
+
+
+def refuse_idle_flags(parser, args, rules):
+    """End with a sentence if a flag was given that has no effect.
+
+    rules: tuples of names, whether they have an effect here, and what they go with."""
+    for names, effective, companion in rules:
+        for name in names.split():
+            given = getattr(args, name) != parser.get_default(name)
+            if given and not effective:
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} has no effect here, but only {companion}: leave it out.")
+
+
+def say_seconds(seconds, file=None):
+    """Print where the time went, and the peak memory."""
+    line = "Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
+    peak = [
+        f"{megabytes / 1000:.1f} GB ({where})" for where, megabytes in common.peak_memory().items()
+    ]
+    if peak:
+        line += "; peak memory " + " and ".join(peak)
+    print(line, file=file)
+
+
+# ------------------------------------------------------------------------------------------
+# The command line of par.py.
+
+# What --without can leave out of the strong recipe; "identity": identities beside attributes;
+# "neck": the BNNeck; "mirror": the mirror image at test.
+RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
+DEFAULTS = {
+    "report": {"epochs": 15, "lr": 3e-4, "batch": 32, "patience": 5},
+    "strong": {"epochs": 10, "lr": 2e-3, "batch": 64, "patience": 999},
+    "pretrained": {"epochs": 10, "lr": 5e-4, "batch": 64, "patience": 999},
+}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__.split("[report]")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    loss_flags(parser.add_argument_group("stage 1"))
+    group = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
+    group.add_argument(
+        "--eval", type=Path, metavar="FILE", help="score this checkpoint, also one of reid.py"
+    )
+    group.add_argument(
+        "--stats",
+        action="store_true",
+        help="print the class frequencies of the train set: table 4 and figure 4",
+    )
+    group = parser.add_argument_group("with --eval")
+    group.add_argument(
+        "--predict",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="predict the attributes of images and folders, as CSV",
+    )
+    group.add_argument(
+        "--sheet",
+        action="store_true",
+        help="draw the first 60 of --predict with their attributes: par_sheet.png",
+    )
+    group.add_argument(
+        "--maps",
+        action="store_true",
+        help="draw where the attributes of the first 20 of --predict come from: par_maps.png",
+    )
+    shared_flags(parser, DEFAULTS, "par_best.pt", RUNGS)
     return parser
 
 
-def main(args):
-    if args.predict and not args.eval or (args.sheet or args.maps) and not args.predict:
-        raise UserError("--predict PATH... needs --eval FILE, and --sheet and --maps go with --predict PATH...")
-    checkpoint = args.eval and common.load_checkpoint(args.eval, "par", "reid")
-    if checkpoint and checkpoint["kind"] == "reid":  # whose attributes are its own network's, or of the stage 1 in it
-        own = "attributes" in checkpoint["record"]["arguments"]["rungs"]
-        if not (checkpoint := checkpoint if own else checkpoint["stage 1"]):
-            raise UserError(f"{args.eval} predicts no attributes: pass a checkpoint of par.py.")
-    record = common.start(args, args.eval, checkpoint, data=not args.predict)
-    if args.stats or args.sheet or args.maps:
-        common.check_output(args.out.with_name("par_stats.png" if args.stats else "par_sheet.png"), ".png")
-    if args.eval:
-        return (predict_files if args.predict else evaluate)(args, record, checkpoint)
-    if args.stats:
-        return statistics(args)
+def loss_flags(group):
+    group.add_argument(
+        "--loss",
+        choices=[*LOSSES, "all"],
+        default="wce",
+        help="cross-entropy; weighted by inverse class frequency; focal; alpha-focal, which is "
+        "both; or all in turn (wce, the report's best by F1)",
+    )
+    group.add_argument(
+        "--gamma",
+        type=number(float, 0),
+        default=2.0,
+        metavar="G",
+        help="exponent of the focal losses (2, Lin et al. 2018)",
+    )
+    group.add_argument(
+        "--head",
+        choices=("linear", "conv"),
+        default="linear",
+        help="conv: each attribute looks for itself, by a branch of its own (linear)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=number(float, 0, 0.99),
+        default=0.5,
+        metavar="P",
+        help="probability of dropout before each head (0.5)",
+    )
 
-    common.check_output(args.out, ".pt")
-    with common.timed(record["seconds"], "loading"):
-        market = load_train(args)
-    record["fingerprints"] = {"data set": market.fingerprint()}
-    split = common.split_identities(market.person_ids, seed=args.seed)
-    if args.loss != "all":
-        return train(args, record, market, split)
-    scores = {}
-    for kind in LOSSES:
-        own = vars(args) | {"loss": kind, "out": args.out.with_stem(f"{args.out.stem}_{kind}")}
-        scores[kind] = train(argparse.Namespace(**own), record, market, split)
-    for title, name in (("Table 2: accuracy", "accuracy"), ("Table 3: macro F1", "f1")):
-        columns = {LOSSES[kind][0]: found[name] for kind, found in scores.items()}
-        show(f"{title} (%) on validation", columns | {"commonest": scores["ce"][f"commonest {name}"]})
+
+def check_flags(parser, args):
+    """End with a sentence where flags do not go together."""
+    if args.predict and not args.eval:
+        parser.error("--predict PATH... needs --eval FILE, the checkpoint to predict with.")
+    training = not args.eval and not args.stats
+    focal = training and args.loss in ("focal", "alpha", "all")
+    rules = [
+        ("gamma", focal, "with --loss focal, alpha or all"),
+        ("loss head dropout", training, "in training"),
+        (TRAINING_FLAGS, training, "in training"),
+        ("sheet maps", args.predict, "with --predict PATH..."),
+    ]
+    refuse_idle_flags(parser, args, rules)
+
+
+def main(args):
+    checkpoint = None
+    if args.eval:
+        checkpoint = load_predictor(args.eval)
+    record = start(args, args.eval, checkpoint, data=not args.predict)
+    if args.predict:
+        if args.sheet or args.maps:
+            check_output(args.out.with_name("par_sheet.png"), ".png")
+        predict_files(args, record, checkpoint)
+    elif args.eval:
+        evaluate(args, record, checkpoint)
+    elif args.stats:
+        check_output(args.out.with_name("par_stats.png"), ".png")
+        statistics(args)
+    else:
+        check_output(args.out, ".pt")
+        with common.timed(record["seconds"], "loading"):
+            market = load_train(args)
+        record["fingerprints"] = {"data set": market.fingerprint()}
+        split = common.split_identities(market.person_ids, seed=args.seed)
+        if args.loss == "all":
+            train_all_losses(args, record, market, split)
+        else:
+            train(args, record, market, split)
 
 
 if __name__ == "__main__":
-    common.run(main, parser())
+    common.run(make_parser(), check_flags, main)
