@@ -1196,16 +1196,15 @@ class Found(NamedTuple):
 
 def read_gallery(args, networks, checkpoint, seconds, path):
     """Embed an image, or those in a folder, or read an index: -> `Found`."""
-    index = Index(path, checkpoint)
+    index = Index(path, checkpoint)  # of a folder, it is never saved
     if path.suffix == ".npz":
         with common.timed(seconds, "reading"):
             index.load()
         entries = list(index.rows)
         files = [index.file(entry) for entry in entries]
     else:
-        index.path = Path(".index")  # names are seen from here, and it is never saved
         files = [file for file in par.list_files([path]) if file.suffix != ".npz"]
-        described = {describe_file(file, Path.cwd()): file for file in files}
+        described = {describe_file(file, path.resolve()): file for file in files}
         embed_new(args, networks, index, described, seconds, save=False)
         entries = [entry for entry in described if entry in index.rows]
         files = [described[entry] for entry in entries]
