@@ -507,6 +507,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         group = self.param_groups[0]
         for filters in group["params"]:
+            if filters.grad is None:
+                continue
             state = self.state[filters]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(filters)
@@ -768,9 +770,8 @@ def show_progress(epoch, epochs, step, steps, losses, begin, images):
     images: how many in a step."""
     speed = step / (time.perf_counter() - begin)  # steps a second
     left = round(((epochs - epoch + 1) * steps - step) / speed)
-    loss = losses[:step].mean()
     show_line(
-        f"epoch {epoch}/{epochs}  step {step}/{steps}  loss {loss:.4f}  "
+        f"epoch {epoch}/{epochs}  step {step}/{steps}  loss {losses[:step].mean():.4f}  "
         f"{speed * images:.0f} images/s  {left // 60}:{left % 60:02} left"
     )
 
@@ -1144,7 +1145,7 @@ def draw_market(root, identities, images_per_identity, seed=0):
         part = "train" if person_id <= identities else "gallery"
         for camera in np.resize(cameras, images_per_identity):
             shots.append((part, f"{person_id:04d}", person, camera))
-        if part == "gallery":  # the query's camera took one other crop at most
+        if part == "gallery":  # an only crop is not of the query's camera
             shots.append(("query", f"{person_id:04d}", person, cameras[-1]))
     for k in range(max(2, identities * images_per_identity // 5)):
         shown_id = "0000" if k % 8 else "-1"  # a distractor, or junk

@@ -692,7 +692,7 @@ def draw_statistics(path, rows):
 # ------------------------------------------------------------------------------------------
 # The command line of both scripts.
 
-TRAINING_FLAGS = "recipe weights epochs lr warmup batch patience resume"
+TRAINING_FLAGS = "recipe weights epochs lr warmup batch patience seed resume"
 
 
 def number(kind, low, high=10**9, word=None):

@@ -1578,12 +1578,14 @@ def flag_rules(args):
         scored = not (args.embed or args.search or args.find)
     from_weights = training and (args.compare or not args.init)
     by_report = training and args.recipe == "report"
+    by_clusters = by_report and args.negatives == "cluster"
     to_look = args.search or args.find
     return [
         ("weights", from_weights, "without --init, or to --compare"),
         (par.TRAINING_FLAGS, training, "in training"),
         ("identities", training, "in training"),
-        ("margin dim clusters negatives", by_report, "in training by --recipe report"),
+        ("margin dim negatives", by_report, "in training by --recipe report"),
+        ("clusters", by_clusters, "with negatives from clusters, by --recipe report"),
         ("patience rerank hamming threshold", scored, "where validation or test crops are ranked"),
         ("prior", scored or args.search, "where a probability of the same person is shown"),
         ("top", to_look, "with --search or --find"),
