@@ -671,6 +671,7 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
 
     # 5. End with the best epoch's weights.
     model.load_state_dict(best_weights)
+    checkpoint["model"] = model.state_dict()
     return record
 
 
@@ -679,8 +680,8 @@ def begin_record(record, args):
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     del arguments["resume"]
     run = os.urandom(8).hex()  # tells this run's files from another's
-    figures = {"metrics": [], "epochs": [], "best epoch": 0}
-    return record | {"arguments": arguments, "run": run} | figures
+    begun = {"arguments": arguments, "run": run, "metrics": [], "epochs": [], "best epoch": 0}
+    return record | begun
 
 
 class Epoch(NamedTuple):
