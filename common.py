@@ -425,7 +425,7 @@ class Backbone(nn.Module):
                     continue
                 if layer.stride == (2, 2):
                     layer.stride = (last_stride, last_stride)
-                if layer.kernel_size == (3, 3):
+                if layer.kernel_size == (3, 3) and layer.groups == 1:
                     setattr(block, name, MatrixConv2d(layer))
         # ImageNet's statistics, on the 0..255 scale. Part of the network, so that nobody can
         # forget them.
@@ -494,7 +494,7 @@ def learning_rate(step, steps, peak, warmup):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for convolution filters (Jordan et al. 2024).
 
-    Filters [out, in, 3, 3] count as a matrix [out, in * 9]. It moves, by twenty times the learning
+    Filters [out, in, h, w] count as a matrix [out, in * h * w]. It moves, by twenty times the learning
     rate, along its Nesterov momentum (0.9) with all large singular values brought near 1, so that
     those directions learn at one pace. Three iterations do that for singular values from 0.02 of
     the norm on, which 28 to 54 % of the directions of the last stage have; smaller ones stay
@@ -646,23 +646,22 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
         row = {"epoch": epoch, "loss": mean_loss(losses), "lr": rate}
         seconds = time.perf_counter() - begin
         check_loss(row["loss"], record, args.out)
-        figures = {}
-        if validate is not None:
-            with timed(record["seconds"], "validation"):
-                figures = from_first_process(validate())
+        figures = run_validation(validate, record["seconds"])
         row |= figures
         row["seconds"] = round(seconds, 3)
         row["images_per_second"] = round(steps * images_per_step / seconds, 1)
         is_best = add_epoch(record, row, list(figures))
+        checkpoint["model"] = model.state_dict()
 
         # 4. Save. A kill may come between any two of these writes. The record claims the name, if
-        # no other run has since. The best checkpoint comes before the state to resume: if that is
-        # older, its epoch is trained again to the same bits; if it were newer, the weights of its
-        # best epoch would be lost.
+        # no other run has since. The best checkpoint comes before the state to resume: an older
+        # state trains its next epoch again, to the same checkpoint, while a newer one would have
+        # lost the weights of its best epoch. Before an earlier run is set aside the state comes
+        # first, so that no stump of this run ever takes that one's place.
         if epoch == 1:
+            save_training_state(checkpoint, args, training_step, optimizers, generator)
             set_aside(args.out)
         write_record(args.out, record)
-        checkpoint["model"] = model.state_dict()
         if is_best:
             best_weights = copy.deepcopy(checkpoint["model"])
             save_checkpoint(args.out, checkpoint)
@@ -680,8 +679,8 @@ def begin_record(record, args):
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     del arguments["resume"]
     run = os.urandom(8).hex()  # tells this run's files from another's
-    begun = {"arguments": arguments, "run": run, "metrics": [], "epochs": [], "best epoch": 0}
-    return record | begun
+    figures = {"metrics": [], "epochs": [], "best epoch": 0}
+    return record | figures | {"arguments": arguments, "run": run}
 
 
 class Epoch(NamedTuple):
@@ -791,13 +790,16 @@ def processes():
     return 0, 1
 
 
-def from_first_process(figures):
-    """A dict as the first process has it, as no two GPUs need compute the same."""
+def run_validation(validate, seconds):
+    """The figures of a validation, of the first process, as no two GPUs need compute the same; an
+    empty dict without one."""
+    if validate is None:
+        return {}
+    with timed(seconds, "validation"):
+        figures = [validate()]
     if processes()[1] > 1:
-        shared = [figures]
-        dist.broadcast_object_list(shared, src=0)
-        figures = shared[0]
-    return figures
+        dist.broadcast_object_list(figures, src=0)
+    return figures[0]
 
 
 # ------------------------------------------------------------------------------------------
@@ -820,7 +822,8 @@ def save_training_state(checkpoint, args, training_step, optimizers, generator):
     save_checkpoint(args.out.with_suffix(".last"), checkpoint | state)
 
 
-# Arguments that a run may resume with another value of; --without says what rungs are left.
+# Arguments that a run may resume with another value of. The learning rate depends on the number of
+# epochs, so that is not among them; --without says what rungs are left.
 FREE_TO_CHANGE = "data init out rungs patience rerank prior hamming threshold".split()
 
 
@@ -843,7 +846,7 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
             f"{path} is of a run with another {', '.join(others)}: resume with that, or start "
             "without --resume."
         )
-    if read_record(args.out).get("run") != earlier["run"]:
+    if not args.out.exists() or read_record(args.out).get("run") != earlier["run"]:
         raise UserError(
             f"{args.out} is not the best checkpoint of the run that {path} goes on with: start "
             "without --resume."
@@ -857,21 +860,16 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
     generator.set_state(state["generator"])
     device_random(args.device).set_rng_state(state["random"])
 
-    said = f"Going on after epoch {len(record['epochs'])}"
-    if earlier["processes"] != record["processes"]:
-        said += f", but not to the same bits as {earlier['processes']} processes"
-    print(f"{said}.")
+    print(f"Going on after epoch {len(record['epochs'])}.")
     return torch_load(args.out)["model"]
 
 
 def set_aside(out):
-    """Rename an earlier run's checkpoint, record and figure 3 to NAME.old.pt and so on.
-
-    Its state to resume is deleted, and first: a kill in between leaves files that the next run sets
-    aside, and never a state whose best checkpoint has another name."""
+    """Rename an earlier run's record, figure 3 and checkpoint to NAME.old.json and so on. Its state
+    to resume has been replaced before: a kill in between leaves files that the next run sets aside,
+    and a state that is told to have lost its best checkpoint."""
     if processes()[0] > 0:
         return
-    out.with_suffix(".last").unlink(missing_ok=True)
     for path in (out.with_suffix(".json"), out.with_suffix(".png"), out):
         if path.exists():
             old = path.with_suffix(f".old{path.suffix}")
@@ -896,8 +894,7 @@ def write_record(out, record):
             f"{path} is another run's by now, so this one ends: give each run an --out of its own."
         )
     record["peak_memory_MB"] = peak_memory()
-    text = json.dumps(record, indent=1)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
 def peak_memory():
@@ -934,8 +931,8 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-# Of checkpoints: it goes up when they change, and classes must mean the same.
-VERSION = [4, list(ATTRIBUTES.items())]
+# Of checkpoints: the number goes up when they change, and weights and classes must mean the same.
+VERSION = [4, make_resnet.__name__, list(ATTRIBUTES.items())]
 
 
 def save_checkpoint(path, checkpoint):
@@ -948,7 +945,7 @@ def load_checkpoint(path, *kinds):
     """Read a checkpoint and check that it is one of `kinds` ("par", "reid")."""
     checkpoint = torch_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
-        raise UserError(f"{path} is not a checkpoint of this version of the project.")
+        raise UserError(f"{path} is of another version of this code, or another backbone or data.")
     if checkpoint["kind"] not in kinds:
         raise UserError(
             f"{path} is a checkpoint of {checkpoint['kind']}.py; one of {kinds[0]}.py is needed "
@@ -1099,8 +1096,8 @@ def explain(error):
 
 DRAWN = "drawn.txt"  # marks a drawn data set; written last, so it also says that the set is whole
 
-# How often each class is drawn, as unbalanced as in Market-1501 ([report] table 4); of another
-# attribute each alike.
+# How often each class is drawn, as unbalanced as in Market-1501 ([report] table 4). All classes
+# of an attribute that is not named here are as frequent, and only `draw_person` shows them.
 FREQUENCIES = {
     "age": (0.05, 0.66, 0.24, 0.05),
     "hair": (0.64, 0.36),
@@ -1131,8 +1128,8 @@ class Person(NamedTuple):
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
-    """Draw a data set of people in Market-1501's layout into folder `root`: so many identities in
-    the training half, as many others in the test half, each with so many crops, from two cameras or
+    """Draw a data set of people in Market-1501's layout into an empty folder `root`: so many
+    identities in the training half, as many others in the test half, each with so many crops, from two cameras or
     more, to train with or in the gallery; queries, distractors, junk and annotations come with
     them. The same for a seed."""
     root = Path(root)

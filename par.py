@@ -1011,7 +1011,7 @@ def loss_flags(group):
     )
     group.add_argument(
         "--head",
-        choices=("linear", "conv"),
+        choices=list(HEADS),
         default="linear",
         help="conv: each attribute looks for itself, by a branch of its own (linear)",
     )
@@ -1029,7 +1029,7 @@ def check_flags(parser, args):
     if args.predict and not args.eval:
         parser.error("--predict PATH... needs --eval FILE, the checkpoint to predict with.")
     training = not args.eval and not args.stats
-    focal = training and args.loss in ("focal", "alpha", "all")
+    focal = training and (args.loss == "all" or LOSSES[args.loss][2])
     rules = [
         ("gamma", focal, "with --loss focal, alpha or all"),
         ("loss head dropout", training, "in training"),

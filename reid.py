@@ -93,7 +93,7 @@ def choose_centres(points, count, seed):
 
 def sample_triplets(person_ids, clusters, generator=None):
     """One triplet for each image as anchor, shuffled: int64 [N] twice -> int64 [N, 3]: anchor,
-    positive, negative.
+    positive, negative, as places in `person_ids`.
 
     The positive is another image of the anchor's identity, the negative another identity's image
     from the anchor's cluster; from anywhere where that cluster holds a single identity. Images that
@@ -221,7 +221,8 @@ class TripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self, output, rows):
-        """`par.Output` for 3 x B crops, and their rows, int64 [3, B] -> scalar."""
+        """`par.Output` for 3 x B crops, and their rows, int64 [3, B], whose shape tells anchors,
+        positives and negatives apart -> scalar."""
         anchor, positive, negative = output.features.unflatten(0, rows.shape)
         return triplet_loss(anchor, positive, negative, self.margin)
 
@@ -991,10 +992,10 @@ def evaluate(args, networks, checkpoint, seconds):
     """Score a checkpoint on validation, by both protocols, and on the official test set, with the
     Hamming parameter tuned on validation."""
     with common.timed(seconds, "loading"):
-        train, test_query, test_gallery = [
+        train_market, test_query, test_gallery = [
             common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS
         ]
-    validation = par.saved_split(checkpoint, train.person_ids, args.eval)[1].nonzero()[:, 0]
+    validation = par.saved_split(checkpoint, train_market.person_ids, args.eval)[1].nonzero()[:, 0]
     # Junk takes no part in anything, nor in the mean distance.
     real = (test_gallery.person_ids != -1).nonzero()[:, 0]
     if len(real) == 0:
@@ -1007,7 +1008,7 @@ def evaluate(args, networks, checkpoint, seconds):
     curve = None
     if len(validation) > 0:
         with common.timed(seconds, "embedding"):
-            crops = embed(networks, train, validation)
+            crops = embed(networks, train_market, validation)
         with common.timed(seconds, "ranking"):
             scored = score_and_show(args, crops, None, hamming)
         hamming = scored.hamming

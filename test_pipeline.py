@@ -3444,7 +3444,18 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(
     check_same_run(getattr(trained, module.__name__), tmp_path / "cut.pt")
 
 
-@pytest.mark.parametrize("write", range(2, 10))
+@pytest.mark.parametrize("write", [2, 3])
+def test_a_kill_while_the_first_epoch_is_saved_is_told(write, market, tmp_path, monkeypatch, run):
+    with monkeypatch.context() as patch:
+        before_call(patch, common, "write_whole", write)
+        run(par, *QUICK, code=130, error=STOPPED)
+    error = "o.pt is not the best checkpoint of the run that"
+    run(par, *QUICK, "--resume", error=error)
+    run(par, *QUICK)
+    assert record_of(tmp_path / "o.pt")["best epoch"] == 1
+
+
+@pytest.mark.parametrize("write", range(4, 11))
 def test_a_kill_between_two_files_of_an_epoch_is_harmless(
     write, market, trained, tmp_path, monkeypatch, run
 ):
@@ -3475,7 +3486,8 @@ def test_an_epoch_writes_its_record_then_its_checkpoint_then_its_state(
     monkeypatch.setattr(common, "write_whole", write_whole)
     fit_to_figures([0.3, 0.5, 0.4], market, tmp_path / "x.pt")
 
-    assert written == [".json", ".pt", ".last"] * 2 + [".json", ".last"]
+    # The state comes once more before an earlier run of that name is set aside.
+    assert written == [".last"] + [".json", ".pt", ".last"] * 2 + [".json", ".last"]
 
 
 @pytest.mark.parametrize("module", [par, reid])
@@ -3639,12 +3651,24 @@ def test_a_run_cut_off_in_its_first_epoch_leaves_an_earlier_one_as_it_is(earlier
 
 
 @pytest.mark.parametrize("renaming", [1, 2, 3])
-def test_a_kill_while_a_run_is_set_aside_leaves_no_state_to_resume(renaming, earlier, monkeypatch):
+def test_a_kill_while_a_run_is_set_aside_loses_nothing_of_it(renaming, earlier, monkeypatch):
     before_call(monkeypatch, Path, "replace", renaming)
     with pytest.raises(KeyboardInterrupt):
         common.set_aside(earlier / "x.pt")
-    assert not (earlier / "x.last").exists()
-    assert (earlier / "x.pt").read_text() == "earlier"
+    common.set_aside(earlier / "x.pt")  # by the next run
+    for ending in ("pt", "json", "png"):
+        assert (earlier / f"x.old.{ending}").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("write", [1, 2, 3])
+def test_the_stump_of_a_run_takes_no_earlier_ones_place(write, earlier, market, monkeypatch):
+    """A run is cut off while it saves its first epoch, and the next begins from the start."""
+    with monkeypatch.context() as patch:
+        before_call(patch, common, "write_whole", write)
+        with pytest.raises(KeyboardInterrupt):
+            fit_to_figures([0.3], market, earlier / "x.pt")
+    fit_to_figures([0.3], market, earlier / "x.pt")
+    assert (earlier / "x.old.pt").read_text() == "earlier"
 
 
 @pytest.fixture
@@ -3887,13 +3911,11 @@ def test_running_statistics_are_of_the_first_processs_crops(pairs, market):
     assert expected.abs().max() > 0.01
 
 
-def test_a_run_of_two_processes_goes_on_in_one_but_not_to_the_same_bits(
-    pairs, market, tmp_path, run
-):
+def test_a_run_of_two_processes_goes_on_in_one(pairs, market, tmp_path, run):
     for ending in (".pt", ".json", ".last"):
         shutil.copy((pairs.folder / "norm").with_suffix(ending), tmp_path)
     said, _ = run(par, *QUICK, "--lr", 1e-12, "--out", tmp_path / "norm.pt", "--resume")
-    assert "Going on after epoch 1, but not to the same bits as 2 processes.\n" in said
+    assert "Going on after epoch 1.\n" in said
 
 
 def wait_for_line(process, text):
@@ -4160,8 +4182,9 @@ reid --data T/lonely --identities all --recipe strong: Nothing to learn: give tw
 par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
 par --eval N/none.pt: none.pt does not exist
-par --eval N/older: older is not a checkpoint of this version of the project
-par --eval N/swapped: swapped is not a checkpoint of this version of the project
+par --eval N/older: older is of another version of this code, or another backbone or data
+par --eval N/backbone: backbone is of another version of this code, or another backbone or data
+par --eval N/swapped: swapped is of another version of this code, or another backbone or data
 par --eval N/code: code is not a readable checkpoint (UnpicklingError)
 par --weights T/par.pt: is not a state dict of torchvision's NarrowResNet.
 """
@@ -4172,10 +4195,11 @@ def no_checkpoints(trained, tmp_path_factory):
     """A folder of files that are no checkpoints of this version, and none of attributes."""
     folder = tmp_path_factory.mktemp("no_checkpoints")
     good = torch_load(trained.par)
-    version, classes = good["version"]
+    version, backbone, classes = good["version"]
     swapped = [classes[1], classes[0], *classes[2:]]  # age and gender
-    torch.save(good | {"version": [version - 1, classes]}, folder / "older")
-    torch.save(good | {"version": [version, swapped]}, folder / "swapped")
+    torch.save(good | {"version": [version - 1, backbone, classes]}, folder / "older")
+    torch.save(good | {"version": [version, "resnet50", classes]}, folder / "backbone")
+    torch.save(good | {"version": [version, backbone, swapped]}, folder / "swapped")
     code = b"\x80\x02cbuiltins\nprint\n."
     (folder / "code").write_bytes(code)
     (folder / "cut.npz").write_bytes(b"PK\3\4" + code)
