@@ -31,6 +31,9 @@ import common
 import par
 from common import ATTRIBUTES, CLASS_COUNTS, UserError
 
+MATCH = par.COLOURS[0]  # of frames and texts
+OTHER = par.COLOURS[1]
+
 # ------------------------------------------------------------------------------------------
 # Clusters, and what to sample.
 
@@ -1058,10 +1061,6 @@ def draw_rankings(path, query, gallery, test_query, test_gallery, real, count):
             row.append((test_gallery.images[real[g]], lines, colour))
         rows.append(row)
     par.draw_sheet(path, rows)
-
-
-MATCH = par.COLOURS[0]  # of frames and texts
-OTHER = par.COLOURS[1]
 
 
 def export(args, networks, checkpoint, seconds):
