@@ -359,9 +359,9 @@ class MatrixConv2d(nn.Module):
     """A 3x3 convolution, padded by 1, as one matrix product over gathered neighbourhoods: the same
     sums.
 
-    On a CPU and the small maps of the last stage, of 4x2 pixels, forward and backward take half to
-    two thirds of oneDNN's time this way, which is a tenth of a training step. Elsewhere it is an
-    ordinary convolution."""
+    On a CPU and maps of at most 16 pixels, as the last stage's of 4x2, forward and backward take
+    half to two thirds of oneDNN's time this way, which is a tenth of a training step. Elsewhere,
+    also on the larger maps of last_stride=1, it is an ordinary convolution."""
 
     def __init__(self, conv):
         super().__init__()
@@ -494,11 +494,11 @@ def learning_rate(step, steps, peak, warmup):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for convolution filters (Jordan et al. 2024).
 
-    Filters [out, in, h, w] count as a matrix [out, in * h * w]. It moves, by twenty times the learning
-    rate, along its Nesterov momentum (0.9) with all large singular values brought near 1, so that
-    those directions learn at one pace. Three iterations do that for singular values from 0.02 of
-    the norm on, which 28 to 54 % of the directions of the last stage have; smaller ones stay
-    smaller. There is no weight decay. PyTorch has a Muon for matrices from 2.9 on."""
+    Filters [out, in, h, w] count as a matrix [out, in * h * w]. It moves, by twenty times the
+    learning rate, along its Nesterov momentum (0.9) with all large singular values brought near 1,
+    so that those directions learn at one pace. Three iterations do that for singular values from
+    0.02 of the norm on, which 28 to 54 % of the directions of the last stage have; smaller ones
+    stay smaller. There is no weight decay. PyTorch has a Muon for matrices from 2.9 on."""
 
     def __init__(self, filters, lr):
         super().__init__(filters, {"lr": lr})
@@ -618,7 +618,7 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
         # 1. Draw the epoch's items and their augmentation, and cut them into whole batches.
         drawn = draw_epoch(sample_epoch, crops.shape[2:], generator, args, device)
         steps = len(drawn.batches)
-        if world > 1:  # so that dropout differs from process to process, and --resume knows it
+        if world > 1:  # so that dropout differs from process to process, and is known to --resume
             torch.manual_seed(args.seed + epoch * world + rank)
 
         # 2. Train: rate, gather, augment, forward, loss, backward, step.
@@ -639,7 +639,7 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
                 optimizer.step()
                 optimizer.zero_grad()
             losses[step] = step_loss.detach()
-            if step % 10 == 9 and sys.stderr.isatty():  # a GPU must be waited for
+            if step % 10 == 9 and sys.stderr.isatty():  # seldom, as this waits for a GPU
                 show_progress(epoch, args.epochs, step + 1, steps, losses, begin, images_per_step)
 
         # 3. Look for NaN, validate, and see whether this epoch is the best.
@@ -653,11 +653,11 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
         is_best = add_epoch(record, row, list(figures))
         checkpoint["model"] = model.state_dict()
 
-        # 4. Save. A kill may come between any two of these writes. The record claims the name, if
-        # no other run has since. The best checkpoint comes before the state to resume: an older
-        # state trains its next epoch again, to the same checkpoint, while a newer one would have
-        # lost the weights of its best epoch. Before an earlier run is set aside the state comes
-        # first, so that no stump of this run ever takes that one's place.
+        # 4. Save. A kill may come between any two of these writes. The record says whose the files
+        # are. The best checkpoint comes before the state to resume: an older state trains its next
+        # epoch again, to the same checkpoint, while a newer one would have lost the weights of its
+        # best epoch. Before an earlier run is set aside the state comes first: a run that is cut
+        # off before its first checkpoint then never takes the place of that earlier run.
         if epoch == 1:
             save_training_state(checkpoint, args, training_step, optimizers, generator)
             set_aside(args.out)
@@ -666,6 +666,7 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
             best_weights = copy.deepcopy(checkpoint["model"])
             save_checkpoint(args.out, checkpoint)
         save_training_state(checkpoint, args, training_step, optimizers, generator)
+        show_line("")
         print(describe_epoch(row, args.epochs, figures, is_best), flush=True)
 
     # 5. End with the best epoch's weights.
@@ -748,8 +749,8 @@ def add_epoch(record, row, metrics):
     of equal ones the first; without metrics the last is."""
     record["metrics"] = metrics or ["epoch"]
     record["epochs"].append(row)
-    record["seconds"]["training"] = round(sum(row["seconds"] for row in record["epochs"]), 2)
-    best = max(record["epochs"], key=lambda row: row[record["metrics"][0]])
+    record["seconds"]["training"] = round(sum(epoch["seconds"] for epoch in record["epochs"]), 2)
+    best = max(record["epochs"], key=lambda epoch: epoch[record["metrics"][0]])
     record["best epoch"] = best["epoch"]
     return best is row
 
@@ -788,6 +789,14 @@ def processes():
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextlib.contextmanager
+def timed(seconds, what):
+    """Add the seconds that a block takes to seconds[what]."""
+    begin = time.perf_counter()
+    yield
+    seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - begin, 2)
 
 
 def run_validation(validate, seconds):
@@ -865,10 +874,10 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
 
 
 def set_aside(out):
-    """Rename an earlier run's record, figure 3 and checkpoint to NAME.old.json and so on. Its state
-    to resume has been replaced before: a kill in between leaves files that the next run sets aside,
-    and a state that is told to have lost its best checkpoint."""
-    if processes()[0] > 0:
+    """Rename an earlier run's record, figure 3 and checkpoint, if it has come so far as to have
+    one, to NAME.old.json and so on. The checkpoint is the last: after a kill in between the next
+    run goes on with that."""
+    if processes()[0] > 0 or not out.exists():
         return
     for path in (out.with_suffix(".json"), out.with_suffix(".png"), out):
         if path.exists():
@@ -880,8 +889,8 @@ def set_aside(out):
 def read_record(out):
     """The record beside a checkpoint; an empty dict where there is none that can be read."""
     try:
-        return json.loads(out.with_suffix(".json").read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+        return dict(json.loads(out.with_suffix(".json").read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
         return {}
 
 
@@ -889,7 +898,7 @@ def write_record(out, record):
     """Write a run's record beside its checkpoint, as JSON; UserError where another run has begun to
     write there."""
     path = out.with_suffix(".json")
-    if processes()[0] == 0 and path.exists() and read_record(out).get("run") != record["run"]:
+    if processes()[0] == 0 and out.exists() and read_record(out).get("run") != record["run"]:
         raise UserError(
             f"{path} is another run's by now, so this one ends: give each run an --out of its own."
         )
@@ -982,9 +991,11 @@ def choose_device(asked):
         )
     device = best if asked == "auto" else asked
     try:
+        if device == "cuda" and "RANK" in os.environ:  # one for each process of this machine
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.ones(1, device=device).item()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"The {device} device is there but cannot compute ({reason}): pass --device cpu."
         ) from None
@@ -997,14 +1008,12 @@ def join_processes(args):
         raise UserError("Several processes only train: run this command without torchrun.")
     backend = "gloo"
     try:
-        if args.device == "cuda":  # one for each process of this machine
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            if dist.is_nccl_available():
-                backend = "nccl"
+        if args.device == "cuda" and dist.is_nccl_available():
+            backend = "nccl"
         dist.init_process_group(backend)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"The processes of this run cannot meet ({str(error).splitlines()[0]}): start them by "
+            f"The processes of this run cannot meet ({error}): start them by "
             "torchrun, no more on a machine than it has GPUs, or unset the variable RANK."
         ) from None
 
@@ -1018,31 +1027,6 @@ def keep_freed_memory():
         m_mmap_threshold = -3
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_mmap_threshold, 2**25)  # its upper limit
-
-
-def find_data(folder):
-    """--data or, without it, Market-1501 in the working directory or else the demo set, drawn if it
-    has not been. Two runs that draw it at once write the same files."""
-    if folder is not None:
-        if not folder.is_dir():
-            raise UserError(f"--data {folder} is not a folder.")
-        return folder
-    real = Path("Market-1501-v15.09.15")
-    demo = Path("Market-1501-demo")
-    if real.is_dir():
-        return real
-    if not (demo / DRAWN).is_file():  # which is written last, and so after a stop not yet
-        print(f"Drawing the demo set into ./{demo} ...", flush=True)
-        draw_market(demo, identities=100, images_per_identity=6)
-    return demo
-
-
-@contextlib.contextmanager
-def timed(seconds, what):
-    """Add the seconds that a block takes to seconds[what]."""
-    begin = time.perf_counter()
-    yield
-    seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - begin, 2)
 
 
 def run(parser, check_flags, main):
@@ -1060,7 +1044,7 @@ def run(parser, check_flags, main):
     except KeyboardInterrupt:
         code = 130
         sentence = "stopped; --resume goes on with a training after its last whole epoch."
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         code = 2
         sentence = explain(error)
         if sentence is None:
@@ -1078,6 +1062,8 @@ def explain(error):
     """The sentence for an error that a user can cause; None for any other."""
     if isinstance(error, UserError):
         return " ".join(str(error).splitlines())
+    if isinstance(error, UnicodeError):
+        return "a file's name cannot be printed here: set PYTHONIOENCODING=utf-8."
     if isinstance(error, OSError):
         name = error.filename or "A file"
         return f"{name} cannot be read or written ({error.strerror or error})."
@@ -1128,10 +1114,11 @@ class Person(NamedTuple):
 
 
 def draw_market(root, identities, images_per_identity, seed=0):
-    """Draw a data set of people in Market-1501's layout into an empty folder `root`: so many
-    identities in the training half, as many others in the test half, each with so many crops, from two cameras or
-    more, to train with or in the gallery; queries, distractors, junk and annotations come with
-    them. The same for a seed."""
+    """Draw a data set of people in Market-1501's layout into an empty folder `root`.
+
+    So many identities in the training half, as many others in the test half, each with so many
+    crops, from two cameras or more, to train with or in the gallery; queries, distractors, junk and
+    annotations come with them. The same for a seed."""
     root = Path(root)
     random = np.random.RandomState(seed)  # whose stream is frozen across NumPy's versions
     lines = []  # of the annotations

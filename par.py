@@ -13,6 +13,7 @@ this file: network, attribute loss, scores, tables, pictures and the command lin
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import math
@@ -290,7 +291,8 @@ def most_probable(log_p):
 
 
 def predict(model, crops, rows=None):
-    """Of uint8 crops [N, 3, H, W], or of those rows of them: -> as `most_probable`, on the CPU."""
+    """Of uint8 crops [N, 3, H, W], or of some rows of them: -> what `most_probable` returns, on the
+    CPU."""
     logits = common.infer(model, crops, rows).logits
     classes, probabilities = most_probable(log_probabilities(logits))
     return classes.cpu(), probabilities.cpu()
@@ -448,8 +450,8 @@ def load_train(args, annotated=True):
             )
     if annotated and (market.labels < 0).any():
         raise UserError(
-            f"{args.data}: no annotations_train.csv or market_attribute.mat. Put one there; "
-            "reid.py needs none, but with --recipe strong add --without attributes."
+            f"{args.data}: no annotations in annotations_train.csv or market_attribute.mat. Put "
+            "one there; reid.py needs none, but with --recipe strong add --without attributes."
         )
     return market
 
@@ -511,8 +513,8 @@ def train_all_losses(args, record, market, split):
     scores = {}
     for kind in LOSSES:
         out = args.out.with_stem(f"{args.out.stem}_{kind}")
-        own = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
-        scores[kind] = train(own, record, market, split)
+        loss_args = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
+        scores[kind] = train(loss_args, record, market, split)
     for title, name in (("Table 2: accuracy", "accuracy"), ("Table 3: macro F1", "f1")):
         columns = {LOSSES[kind][0]: found[name] for kind, found in scores.items()}
         columns["commonest"] = scores["ce"][f"commonest {name}"]
@@ -532,8 +534,8 @@ def load_predictor(path):
     """The checkpoint that predicts attributes: that of par.py in file `path` or, of one of reid.py,
     itself or the stage 1 kept in it."""
     checkpoint = common.load_checkpoint(path, "par", "reid")
-    own = checkpoint["kind"] == "par" or "attributes" in checkpoint["record"]["arguments"]["rungs"]
-    if not own:
+    rungs = checkpoint["record"]["arguments"]["rungs"]
+    if checkpoint["kind"] == "reid" and "attributes" not in rungs:
         checkpoint = checkpoint["stage 1"]
         if checkpoint is None:
             raise UserError(f"{path} predicts no attributes: pass a checkpoint of par.py.")
@@ -651,9 +653,8 @@ def statistics(args):
     """Print how often each class occurs in the train set ([report] table 4) and draw it (figure
     4)."""
     market = load_train(args)
-    identities = torch.cat([market.person_ids[:, None], market.labels], 1).unique(
-        dim=0
-    )  # a row each
+    # A row for each identity.
+    identities = torch.cat([market.person_ids[:, None], market.labels], 1).unique(dim=0)
     crop_counts = class_counts(market.labels)
     identity_counts = class_counts(identities[:, 1:])
     rows = []
@@ -817,8 +818,6 @@ def start(args, source=None, checkpoint=None, data=True):
 
     A checkpoint, read from the file `source`, decides the size. data: whether the command reads the
     data set."""
-    if args.out.suffix != ".pt":
-        raise UserError(f"--out {args.out} is no name for a checkpoint: give one that ends in .pt.")
     args.device = common.choose_device(args.device)
     if "RANK" in os.environ:  # torchrun has started this process
         common.join_processes(args)
@@ -832,7 +831,7 @@ def start(args, source=None, checkpoint=None, data=True):
         raise UserError(f"{source} was trained with another --size: leave that out.")
     args.size = size
     if data:
-        args.data = common.find_data(args.data)
+        args.data = find_data(args.data)
         demo = (args.data / common.DRAWN).is_file()
     else:
         args.data = Path(checkpoint["record"]["data"]["folder"])
@@ -864,14 +863,30 @@ def start(args, source=None, checkpoint=None, data=True):
     return record
 
 
+def find_data(folder):
+    """--data or, without it, Market-1501 in the working directory or else the demo set, drawn if it
+    has not been: elsewhere, and put into its place when it is whole."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--data {folder} is not a folder.")
+        return folder
+    real = Path("Market-1501-v15.09.15")
+    demo = Path("Market-1501-demo")
+    if real.is_dir():
+        return real
+    if not demo.is_dir():
+        print(f"Drawing the demo set into ./{demo} ...", flush=True)
+        with tempfile.TemporaryDirectory(prefix=".demo-", dir=".") as folder:
+            drawn = Path(folder, "demo")
+            common.draw_market(drawn, identities=100, images_per_identity=6)
+            with contextlib.suppress(OSError):  # another run's is there by now: that will do
+                drawn.rename(demo)
+    return demo
+
+
 def settle_recipe(args):
     """Put into the arguments which steps of the strong recipe to take, and the defaults that the
     command line leaves open."""
-    if args.without and (args.recipe == "report" or args.eval):
-        raise UserError(
-            "--without leaves steps out of training by --recipe strong: pass that too, and no "
-            "--eval."
-        )
     args.without.sort()
     if args.recipe == "report":
         args.rungs = []
@@ -921,9 +936,17 @@ def check_output(path, suffix):
 
 
 def refuse_idle_flags(parser, args, rules):
-    """End with a sentence if a flag was given that has no effect.
+    """End with a sentence if a flag has another value than its default, and no effect, or if --out
+    is no name for a checkpoint.
 
     rules: tuples of names, whether they have an effect here, and what they go with."""
+    if args.out.suffix != ".pt":
+        parser.error(f"--out {args.out} is no name for a checkpoint: give one that ends in .pt.")
+    if args.without and (args.recipe == "report" or args.eval):
+        parser.error(
+            "--without leaves steps out of training by --recipe strong: pass that too, and no "
+            "--eval."
+        )
     for names, effective, companion in rules:
         for name in names.split():
             given = getattr(args, name) != parser.get_default(name)
@@ -1035,6 +1058,7 @@ def check_flags(parser, args):
         ("loss head dropout", training, "in training"),
         (TRAINING_FLAGS, training, "in training"),
         ("sheet maps", args.predict, "with --predict PATH..."),
+        ("size", not args.stats, "where crops are given to a network"),
     ]
     refuse_idle_flags(parser, args, rules)
 

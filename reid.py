@@ -205,8 +205,8 @@ def triplet_loss(anchor, positive, negative, margin):
 
 def hard_triplet_loss(features, identities):
     """Mean over anchors of softplus(distance to the farthest crop of their identity - to the
-    nearest of another), the batch-hard soft-margin loss of Hermans et al. (2017): [B, D], [B] -> scalar.
-    """
+    nearest of another), the batch-hard soft-margin loss of Hermans et al. (2017): [B, D], [B] ->
+    scalar."""
     squares = features.square().sum(1)
     distances = torch.addmm(squares, features, features.T, alpha=-2).add(squares[:, None])
     distances = distances.clamp(min=1e-9).sqrt()
@@ -641,7 +641,7 @@ class Calibration(NamedTuple):
     edges: np.ndarray  # distances [n]
     log_odds: np.ndarray  # of the same person, at these [n]
     half: float  # up to this distance it is 50 % or more; 0: at none
-    share: float  # the share of matches among all pairs that this holds for
+    share: float  # the share of matches among pairs across cameras that this holds for
 
     def probability(self, distances):
         """Of distances, a float array: -> float64 array."""
@@ -650,7 +650,7 @@ class Calibration(NamedTuple):
 
 def calibrate(curve, prior=None):
     """Learn `Calibration` from a curve, as of `distance_histograms`. prior: another share of
-    matches among all pairs than the curve's, which shifts the log-odds.
+    matches among pairs across cameras than the curve's, which shifts the log-odds.
 
     The odds of the bins must fall with the distance: bins where they do not are joined (pool
     adjacent violators, Ayer et al. 1955), and the log-odds interpolated between the means of those.
@@ -873,7 +873,7 @@ def finish(args, checkpoint, market, validation):
     draw_distances(args.out.with_suffix(".png"), scored.curve, calibration)
     print(
         f"same person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
-        f"{100 * calibration.share:.3g} % of all pairs match"
+        f"{100 * calibration.share:.3g} % of the pairs across cameras match"
     )
     return {
         "validation": scored.results,
@@ -960,8 +960,8 @@ def show_scores(title, scores):
 
 
 def draw_distances(path, curve, calibration):
-    """[report] figure 3: how the distances of matches lie within those of all pairs, in % of each;
-    and the probability of the same person, from 0 to 100 % over the height."""
+    """[report] figure 3: how the distances of matches lie within those of all pairs across cameras,
+    in % of each; and the probability of the same person, from 0 to 100 % over the height."""
     middles = curve["edges"][5::10]
     end = curve["edges"][-1].item()
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
@@ -975,7 +975,7 @@ def draw_distances(path, curve, calibration):
     font = ImageFont.load_default(40)
     picture = Image.new("RGB", (2240, 1240), "white")  # twice as large, to be reduced
     pen = ImageDraw.Draw(picture)
-    pen.text((40, 60), "Figure 3: validation pairs by distance", par.INK, font, "lm")
+    pen.text((40, 60), "Figure 3: validation pairs across cameras", par.INK, font, "lm")
     for k in (0, 0.25, 0.5, 0.75, 1):
         x = 140 + 1940 * k
         y = 1140 - 990 * k
@@ -1157,8 +1157,11 @@ class Index:
             )
         return self
 
-    def save(self, entries):
-        """Write the rows of those entries, and say so."""
+    def save(self, wanted):
+        """Write the rows of those entries that are known, and say so."""
+        entries = [entry for entry in wanted if entry in self.rows]
+        if not entries:
+            raise UserError(f"No image could be read, so {self.path} is not written.")
         features, log_p = self.arrays(entries)
         arrays = {
             "checkpoint": np.array(self.origin),
@@ -1196,74 +1199,74 @@ class Found(NamedTuple):
 
 def read_gallery(args, networks, checkpoint, seconds, path):
     """Embed an image, or those in a folder, or read an index: -> `Found`."""
-    index = Index(path, checkpoint)  # of a folder, it is never saved
     if path.suffix == ".npz":
+        index = Index(path, checkpoint)
         with common.timed(seconds, "reading"):
             index.load()
-        entries = list(index.rows)
-        files = [index.file(entry) for entry in entries]
+        files = [index.file(entry) for entry in index.rows]
+        features, log_p = index.arrays(list(index.rows))
     else:
-        files = [file for file in par.list_files([path]) if file.suffix != ".npz"]
-        described = {describe_file(file, path.resolve()): file for file in files}
-        embed_new(args, networks, index, described, seconds, save=False)
-        entries = [entry for entry in described if entry in index.rows]
-        files = [described[entry] for entry in entries]
-    if not entries:
-        raise UserError(f"No image could be read from {path}.")
-    features, log_p = index.arrays(entries)
+        blocks = list(embed_blocks(args, networks, list_images(path), seconds))
+        if not blocks:
+            raise UserError(f"No image could be read from {path}.")
+        files = [file for read, _, _ in blocks for file in read]
+        features = np.concatenate([own for _, own, _ in blocks])
+        log_p = np.concatenate([own for _, _, own in blocks])
     log_p = torch.from_numpy(log_p) if log_p.size > 0 else None
     return Found(files, Crops(torch.from_numpy(features), log_p=log_p))
+
+
+def list_images(path):
+    """An image, or all files of a folder but for indices: -> list of Path."""
+    return [file for file in par.list_files([path]) if file.suffix != ".npz"]
+
+
+def embed_blocks(args, networks, files, seconds):
+    """Embed files in blocks, in bounded memory: yields (the n files that could be read, features
+    float32 [n, D], log-probabilities float32 [n, 41], or [n, 0] where no attributes are
+    predicted), arrays on the CPU. What cannot be read is named on stderr."""
+    begun = sum(seconds.values())
+    for start in range(0, len(files), BLOCK):
+        with common.timed(seconds, "reading"):
+            block = files[start : start + BLOCK]
+            images, read = common.read_crops(block, args.size, skip=True)
+        if not read:
+            continue
+        with common.timed(seconds, "embedding"):
+            unknown = torch.zeros(len(read))
+            names = [str(file) for file in read]
+            crops = embed(networks, common.Market(images, unknown, unknown, unknown, names))
+        done = start + len(block)
+        left = (sum(seconds.values()) - begun) * (len(files) / done - 1) / 60
+        common.show_line(f"embedded {done} of {len(files)}, {left:.1f} minutes left")
+        log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
+        yield read, crops.features.cpu().numpy(), log_p.cpu().numpy()
+    common.show_line("")
 
 
 def update_index(args, networks, checkpoint, seconds):
     """Embed the crops in --gallery into the index --embed: what is new in the folder is embedded,
     what is known is kept, and what is not there any more is dropped."""
     home = args.embed.parent.resolve()
+    files = {describe_file(file, home): file for file in list_images(args.gallery)}
     index = Index(args.embed, checkpoint)
-    files = [file for file in par.list_files([args.gallery]) if file.suffix != ".npz"]
-    described = {describe_file(file, home): file for file in files}
     if args.embed.exists():
         with common.timed(seconds, "reading"):
             index.load()
         known = {entry.name for entry in index.rows}
-        if described and known.isdisjoint(entry.name for entry in described):
+        if files and known.isdisjoint(entry.name for entry in files):
             raise UserError(
                 f"{args.embed} names none of the files in {args.gallery}: give another name."
             )
-    embed_new(args, networks, index, described, seconds, save=True)
-    entries = [entry for entry in described if entry in index.rows]
-    if not entries:
-        raise UserError(f"No image could be read from {args.gallery}.")
-    index.save(entries)
 
-
-def embed_new(args, networks, index, described, seconds, save):
-    """Embed the files of a dict of entry -> path that an index lacks, in blocks, in bounded memory.
-
-    save: whether to save the index now and then, so that a run that is cut off can go on."""
-    new = [entry for entry in described if entry not in index.rows]
-    by_path = {described[entry]: entry for entry in new}
-    begun = sum(seconds.values())
-    for number, start in enumerate(range(0, len(new), BLOCK), 1):
-        files = [described[entry] for entry in new[start : start + BLOCK]]
-        with common.timed(seconds, "reading"):
-            images, read = common.read_crops(files, args.size, skip=True)
-        if not read:
-            continue
-        with common.timed(seconds, "embedding"):
-            unknown = torch.zeros(len(read))
-            names = [str(path) for path in read]
-            crops = embed(networks, common.Market(images, unknown, unknown, unknown, names))
-        log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
-        values = zip(crops.features.cpu().numpy(), log_p.cpu().numpy())
-        index.rows.update(zip([by_path[path] for path in read], values))
-
-        done = start + len(files)
-        left = (sum(seconds.values()) - begun) * (len(new) / done - 1) / 60
-        common.show_line(f"embedded {done} of {len(new)}, {left:.1f} minutes left")
-        if save and number % BLOCKS_PER_SAVE == 0 and done < len(new):
-            index.save([entry for entry in described if entry in index.rows])
-    common.show_line("")
+    new = {file: entry for entry, file in files.items() if entry not in index.rows}
+    blocks = embed_blocks(args, networks, list(new), seconds)
+    for number, (read, features, log_p) in enumerate(blocks, 1):
+        entries = [new[file] for file in read]
+        index.rows.update(zip(entries, zip(features, log_p)))
+        if number % BLOCKS_PER_SAVE == 0:  # so that a run that is cut off can go on
+            index.save(files)
+    index.save(files)
 
 
 def draw_hits(path, rows, size):
@@ -1311,7 +1314,7 @@ def search(args, networks, checkpoint, seconds):
         source = "as on validation" if args.prior is None else "as --prior says"
         print(
             f"\nSame person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
-            f"{100 * calibration.share:.3g} % of all pairs match, {source}."
+            f"{100 * calibration.share:.3g} % of the pairs across cameras match, {source}."
         )
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
 
@@ -1503,8 +1506,8 @@ def ranking_flags(group):
         "--prior",
         type=par.number(float, 1e-12, 1 - 1e-6),
         metavar="P",
-        help="share of matches among all pairs, for the probability of the same person: 10 among "
-        "10,000 are 0.001 (that of the validation crops)",
+        help="share of matches among pairs across cameras, for the probability of the same person: "
+        "10 among 10,000 are 0.001 (that of the validation crops)",
     )
 
 
@@ -1526,7 +1529,8 @@ def using_flags(group):
         "--search",
         type=Path,
         metavar="QUERY",
-        help="find who is nearest to this image, or to each in this folder: search.png",
+        help="find who is nearest to this image, or to each in this folder; search.png shows the "
+        "first 20",
     )
     only.add_argument(
         "--find",
@@ -1565,9 +1569,15 @@ def check_flags(parser, args):
             "needs --init FILE, a checkpoint of par.py, and not --identities all, which leaves "
             "none."
         )
-    if args.init and args.init.resolve() == args.out.resolve():
+    written = [args.out.resolve(), without_transfer(args.out).resolve()]
+    if args.init and args.init.resolve() in written:
         parser.error(f"--out {args.out} would replace the checkpoint of --init: give another name.")
     par.refuse_idle_flags(parser, args, flag_rules(args))
+
+
+def without_transfer(out):
+    """Where --compare writes the checkpoint that it trains without transfer."""
+    return out.with_stem(out.stem + "_without")
 
 
 def flag_rules(args):
@@ -1605,25 +1615,37 @@ def main(args):
         train_all(args, record, checkpoint)
 
 
-# Each flag's function, and the file that it writes.
-USES = {
-    "search": (search, "search.png"),
-    "find": (find, "find.png"),
-    "show": (evaluate, "show.png"),
-}
+def choose_use(args):
+    """What --eval and the flags beside it ask for: (function, the file that it writes or None)."""
+    if args.search:
+        return search, args.out.with_name("search.png")
+    if args.find:
+        return find, args.out.with_name("find.png")
+    if args.show:
+        return evaluate, args.out.with_name("show.png")
+    if args.embed and args.gallery:
+        return update_index, args.embed
+    if args.embed:
+        return export, args.embed
+    return evaluate, None
 
 
 def use(args, checkpoint, seconds):
     """Do with a checkpoint what the command line asks for."""
-    command = evaluate
-    for flag, (function, picture) in USES.items():
-        if getattr(args, flag) is not None:
-            command = function
-            par.check_output(args.out.with_name(picture), ".png")
-    if args.embed:
-        command = update_index if args.gallery else export
-        par.check_output(args.embed, ".npz")
-    command(args, load_networks(args, checkpoint), checkpoint, seconds)
+    function, written = choose_use(args)
+    if written is not None:
+        par.check_output(written, ".npz" if args.embed else ".png")
+    networks = load_networks(args, checkpoint)
+    if args.prior is not None and "distances" not in checkpoint:
+        raise UserError(
+            f"--prior has no effect here, as {args.eval} was trained on all identities, which "
+            "leaves no crops to learn a probability from: leave it out."
+        )
+    if args.hamming is not None and networks.predict is None:
+        raise UserError(
+            f"--hamming has no effect here, as {args.eval} predicts no attributes: leave it out."
+        )
+    function(args, networks, checkpoint, seconds)
     par.say_seconds(seconds)
 
 
@@ -1643,6 +1665,11 @@ def train_all(args, record, stage_1):
     with common.timed(record["seconds"], "loading"):
         market = par.load_train(args, "attributes" in args.rungs)
     ids = market.person_ids
+    if args.hamming is not None and stage_1 is None and "attributes" not in args.rungs:
+        raise UserError(
+            "--hamming has no effect here, as no attributes are predicted: leave it out, or pass "
+            "--init FILE."
+        )
     if args.identities == "all":
         split = (ids > 0, ids < 1)
     elif stage_1 is not None:
@@ -1652,7 +1679,7 @@ def train_all(args, record, stage_1):
 
     record["fingerprints"] = {"data set": market.fingerprint(), "stage 1": None}
     if args.compare:  # first, as only this one reads --weights: what is wrong with them is told
-        out = args.out.with_stem(args.out.stem + "_without")
+        out = without_transfer(args.out)
         plain_args = argparse.Namespace(**vars(args) | {"init": None, "out": out})
         plain = train(plain_args, record, None, market, split)
     if stage_1 is not None:

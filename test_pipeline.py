@@ -1,5 +1,5 @@
-"""Every behaviour of par.py and reid.py: values against formulas written here, and the real commands
-on drawn people. It needs neither network nor data. Two tests have a long form:
+"""Every behaviour of par.py and reid.py: values against formulas written here, and the real
+commands on drawn people. It needs neither network nor data. Two tests have a long form:
 KILLS=20 MUTATIONS=400 pytest -k "killed or mutated".
 """
 
@@ -98,8 +98,8 @@ def call(module, *arguments):
 
 @pytest.fixture(scope="session")
 def market(tmp_path_factory):
-    """A drawn data set: 10 identities of 6 crops to train with, as many to test with, and a query of
-    each of these."""
+    """A drawn data set: 10 identities of 6 crops to train with, as many to test with, and a query
+    of each of these."""
     root = tmp_path_factory.mktemp("drawn")
     common.draw_market(root, 10, 6, seed=1)
     return root
@@ -166,8 +166,8 @@ def before_call(patch, owner, name, at, act=press_ctrl_c):
 
 
 def start(*commands, torchrun=False, **environment):
-    """Start commands, [script, arguments...] each, in turn in a process of this file, or by torchrun
-    in two: -> subprocess.Popen."""
+    """Start commands, [script, arguments...] each, in turn in a process of this file, or by
+    torchrun in two: -> subprocess.Popen."""
     if os.name == "nt" and (torchrun or environment):
         pytest.skip("takes libuv, which PyTorch lacks on Windows")
     launcher = []
@@ -311,7 +311,7 @@ def in_sevens(queries, columns):
 
 
 def crops_of_people(count, spread):
-    """Nine people, seen by three cameras: each one's centre and noise around it, as `reid.Crops`."""
+    """Nine people, seen by three cameras, each one's centre and noise around it: `reid.Crops`."""
     generator = seeded()
     ids = torch.randint(1, 10, (count,), generator=generator)
     cameras = torch.randint(1, 4, (count,), generator=generator)
@@ -1158,8 +1158,8 @@ def test_losses_and_their_slopes_stay_finite_where_the_network_is_sure(kind, gam
 
 
 def guesses_and_truths():
-    """Predicted and true classes, int64 [50, 12] each. Of age, class 3 occurs nowhere and class 2 in
-    predictions alone; of gender, five are not annotated."""
+    """Predicted and true classes, int64 [50, 12] each. Of age, class 3 occurs nowhere and class 2
+    in predictions alone; of gender, five are not annotated."""
     truth = some_classes(50, seed=0)
     guess = torch.where(some_classes(50, seed=1) % 2 == 0, truth, 0)
     truth[:, 0].clamp_(max=1)
@@ -2295,8 +2295,8 @@ def test_a_record_tells_what_was_run(trained):
     record = record_of(trained.par)
     assert record["arguments"]["loss"] == "wce"
     assert record["data"]["drawn demo set"]
-    assert record["versions"]
-    assert record["seconds"]
+    assert set(record["versions"]) == {"python", "torch", "torchvision"}
+    assert {"training", "validation", "loading", "scoring"} <= set(record["seconds"])
     assert "peak_memory_MB" in record
 
 
@@ -2863,9 +2863,10 @@ def test_a_strong_stage_1_is_scored_and_predicts(without, strong, market, tmp_pa
     assert "test crops of 10 identities" in out
     out, _ = run(par, "--eval", path, "--predict", market / "query")
     rows = list(csv.DictReader(out.splitlines()))
-    assert len(rows) == 10
-    for row in rows:
-        assert row["hat"] in ATTRIBUTES["hat"]
+    images = common.load_market(market, "query", (32, 32)).images
+    classes, _ = par.predict(par.load_network(CPU, torch_load(path)), images)
+    for k, (attribute, names) in enumerate(ATTRIBUTES.items()):
+        assert [row[attribute] for row in rows] == [names[c] for c in classes[:, k].tolist()]
 
 
 def test_a_strong_stage_1_learns_identities(strong):
@@ -3104,7 +3105,7 @@ def test_without_data_the_demo_set_is_drawn_once(tmp_path, monkeypatch, capsys):
     asked = draw_few(monkeypatch)
     assert call(par, "--stats") == 0
     assert call(par, "--stats") == 0
-    assert asked == [("Market-1501-demo", {"identities": 100, "images_per_identity": 6})]
+    assert asked == [("demo", {"identities": 100, "images_per_identity": 6})]
     assert set(os.listdir(tmp_path)) == {"Market-1501-demo", "par_stats.png"}
     out, _ = capsys.readouterr()
     assert out.startswith("Drawing the demo set")
@@ -3112,22 +3113,41 @@ def test_without_data_the_demo_set_is_drawn_once(tmp_path, monkeypatch, capsys):
     assert out.count("of 4 identities\n") == 2
 
 
-def test_a_demo_set_that_was_cut_off_is_drawn_again(tmp_path, monkeypatch, capsys):
+def test_a_demo_set_that_was_cut_off_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_few(monkeypatch)
     with monkeypatch.context() as patch:
         before_call(patch, np, "savetxt", 2)  # all crops and half of the annotations are there
         assert call(par, "--stats") == 130
-    demo = tmp_path / "Market-1501-demo"
-    assert len(crops_of(demo)) == 8
-    assert (demo / "annotations_train.csv").exists()
-    assert not (demo / "drawn.txt").exists()
-    capsys.readouterr()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_demo_set_that_another_run_has_drawn_meanwhile_will_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = common.draw_market
+
+    def draw_market(root, **named):
+        draw(root, 4, 2)
+        draw(tmp_path / "Market-1501-demo", 5, 2)  # the other run's
+
+    monkeypatch.setattr(common, "draw_market", draw_market)
     assert call(par, "--stats") == 0
-    out, _ = capsys.readouterr()
-    assert out.startswith("Drawing the demo set")
-    assert (demo / "drawn.txt").exists()
-    assert len(crops_of(demo)) == 8
+    assert "of 5 identities\n" in capsys.readouterr().out
+    assert set(os.listdir(tmp_path)) == {"Market-1501-demo", "par_stats.png"}
+
+
+def test_the_line_that_updates_is_cleared_before_the_one_that_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Mock(wraps=sys.stderr, isatty=lambda: True))
+    lines = []
+    monkeypatch.setattr(common, "show_line", lines.append)
+    common.draw_market(tmp_path / "few", 24, 6)  # 84 crops to train with: 42 steps
+    arguments = ["--data", tmp_path / "few", *QUICK, "--batch", 2, "--out", tmp_path / "o.pt"]
+    assert call(par, *arguments) == 0
+    shown = [line for line in lines if line]
+    assert len(shown) == 4
+    for line in shown:
+        assert re.match(r"epoch 1/1  step \d0/42  loss \d+\.\d{4}  \d+ images/s  0:\d\d left", line)
+    assert lines[lines.index(shown[-1]) + 1] == ""
 
 
 def test_without_data_market_1501_comes_before_the_demo_set(market, tmp_path, monkeypatch, capsys):
@@ -3148,6 +3168,9 @@ par --loss wce --gamma 1: --gamma has no effect here, but only with --loss focal
 par --eval T/par.pt --sheet: --sheet has no effect here, but only with --predict PATH...
 reid --init T/par.pt --weights none: --weights has no effect here, but only without --init, or to
 reid --recipe strong --margin 1: --margin has no effect here, but only in training by --recipe
+reid --init T/par.pt --compare --clusters 9 --negatives random: --clusters has no effect here, but
+par --eval T/par.pt --seed 1: --seed has no effect here, but only in training
+par --stats --size 64x32: --size has no effect here, but only where crops are given to a network
 reid --identities all --patience 3: --patience has no effect here, but only where validation or test
 reid --eval T/reid.pt --embed T/x.npz --prior 0.1: --prior has no effect here, but only where a prob
 reid --eval T/reid.pt --top 3: --top has no effect here, but only with --search or --find
@@ -3600,7 +3623,7 @@ def test_a_run_resumes_only_on_its_own_device(market, trained, tmp_path, run):
     run(par, *short_run(par, market, trained), tmp_path / "a.pt", "--resume", error=error)
 
 
-@pytest.mark.parametrize("beside", ["", "{", '{"run": "another"}'])
+@pytest.mark.parametrize("beside", ["", "{", "[]", "[1]", '{"run": "another"}'])
 def test_a_run_resumes_only_beside_its_own_record(beside, market, trained, tmp_path, run):
     shutil.copy(trained.par.with_suffix(".last"), tmp_path / "a.last")
     shutil.copy(trained.par, tmp_path / "a.pt")
@@ -3668,7 +3691,8 @@ def test_the_stump_of_a_run_takes_no_earlier_ones_place(write, earlier, market, 
         with pytest.raises(KeyboardInterrupt):
             fit_to_figures([0.3], market, earlier / "x.pt")
     fit_to_figures([0.3], market, earlier / "x.pt")
-    assert (earlier / "x.old.pt").read_text() == "earlier"
+    for ending in ("pt", "json", "png"):
+        assert (earlier / f"x.old.{ending}").read_text() == "earlier"
 
 
 @pytest.fixture
@@ -3863,7 +3887,7 @@ def test_torchrun_ends_with_the_sentence_of_a_process_that_fails(pairs):
     code, _, err = pairs.torchrun
     assert code != 0
     sentence = "--out odd is no name for a checkpoint: give one that ends in .pt."
-    assert f"par.py: {sentence}\n" in err
+    assert f"par.py: error: {sentence}\n" in err
 
 
 @pytest.mark.parametrize("name", ["par.pt", "reid.pt"])
@@ -4033,6 +4057,11 @@ FULL = "the memory is full: lower --batch or --size, or pass another --device."
             2,
             "here cannot be read or written (Permission denied).",
         ),
+        (
+            UnicodeEncodeError("ascii", "x", 0, 1, "no letter"),
+            2,
+            "a file's name cannot be printed here: set PYTHONIOENCODING=utf-8.",
+        ),
         (RuntimeError("CUDA out of memory."), 2, FULL),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, FULL),
         (MemoryError(), 2, FULL),
@@ -4045,9 +4074,10 @@ def test_an_error_becomes_a_sentence(error, code, sentence, capsys):
     assert capsys.readouterr().err == f"par.py: {sentence}\n"
 
 
-def test_the_programs_own_error_is_not_hidden(capsys):
-    with pytest.raises(RuntimeError, match="a bug"):
-        call(raising(RuntimeError("a bug")))
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug")], ids=repr)
+def test_the_programs_own_error_is_not_hidden(error, capsys):
+    with pytest.raises(type(error), match="a bug"):
+        call(raising(error))
     assert capsys.readouterr().err == ""
 
 
@@ -4159,7 +4189,7 @@ reid --recipe strong --without nick: invalid choice: 'nick' (choose from
 reid --recipe strong --without identity triplets attributes: Nothing to learn: give two identities
 par --without neck: --without leaves steps out of training by --recipe strong: pass that too
 reid --eval T/reid.pt --without mirror: pass that too, and no --eval.
-reid --eval T/reid.pt --recipe strong --without mirror: --recipe has no effect here
+reid --eval T/reid.pt --recipe strong --without mirror: --without leaves steps out of training by
 reid --embed N/x.npz: --embed needs --eval FILE
 reid --show 3: --show needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to search.
@@ -4169,7 +4199,7 @@ reid --eval T/reid.pt --gallery N --find a=b: name one of these attributes: age,
 reid --eval T/reid.pt --gallery N --find gender=male hat=no hat=yes: name one class of hat: no, yes
 reid --eval N/without.pt --gallery N --find hat=no: without.pt predicts no attributes to find by
 reid --eval T/reid.pt --gallery N --embed N/cut.npz: is not a readable index (BadZipFile)
-reid --eval T/reid.pt --gallery N --embed N/x.npz: No image could be read from
+reid --eval T/reid.pt --gallery N --embed N/x.npz: No image could be read, so
 reid --eval T/reid.pt --embed T/reid.pt: give one that ends in .npz
 par --stats --out N/text/x.pt: par_stats.png cannot be written
 par --stats --out N/results: results is no name for a checkpoint: give one that ends in .pt
@@ -4315,10 +4345,11 @@ def test_weights_that_cannot_be_downloaded_are_told(tmp_path, monkeypatch, run):
 def test_a_device_that_cannot_compute_is_told(monkeypatch):
     error = RuntimeError("no kernel image is available\nfor this device")
     monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError) as told:
-        common.choose_device("cpu")
+        common.choose_device("cuda")
     assert str(told.value) == (
-        "The cpu device is there but cannot compute (no kernel image is available): pass --device "
+        "The cuda device is there but cannot compute (no kernel image is available): pass --device "
         "cpu."
     )
 
