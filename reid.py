@@ -16,6 +16,7 @@
 import argparse
 import copy
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -1123,24 +1124,22 @@ def is_index(path):
 class Index:
     """Embeddings of one's own crops, kept in a file: NAME.npz, of --embed.
 
-    features, float32 [N, D], and log_p, float32 [N, 41], or [N, 0] where no attributes are
-    predicted, of N entries."""
+    arrays, each with a row for an `Entry`: names, sizes, times; features, float32 [N, D]; and log_p,
+    float32 [N, 41], or [N, 0] where no attributes are predicted."""
+
+    KEYS = ("names", "sizes", "times", "features", "log_p")
 
     def __init__(self, path, checkpoint):
         self.path = path
         self.origin = identify(checkpoint)
-        self.rows = {}  # entry -> (features [D], log_p [41])
+        self.arrays = {}
 
     def load(self):
-        """Read the file: -> self; UserError if it is of another checkpoint, or damaged."""
+        """Read the file; UserError if it is of another checkpoint, or damaged."""
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 origin = [str(part) for part in file["checkpoint"].tolist()]
-                names = file["gallery_names"].tolist()
-                sizes = file["gallery_sizes"].tolist()
-                times = file["gallery_times"].tolist()
-                values = zip(file["gallery_features"], file["gallery_log_p"])
-                self.rows = dict(zip(map(Entry, names, sizes, times), values))
+                self.arrays = {key: file[f"gallery_{key}"] for key in self.KEYS}
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} does not exist: write one by --embed NEW.npz --gallery FOLDER."
@@ -1155,45 +1154,39 @@ class Index:
                 f"{self.path} is an index of another checkpoint's embeddings: write one of this, "
                 "to a new name."
             )
-        return self
 
-    def save(self, wanted):
-        """Write the rows of those entries that are known, and say so."""
-        entries = [entry for entry in wanted if entry in self.rows]
-        if not entries:
+    def rows(self):
+        """A dict of `Entry` -> (features [D], log_p [41])."""
+        columns = [self.arrays[key].tolist() for key in ("names", "sizes", "times")]
+        values = zip(self.arrays["features"], self.arrays["log_p"])
+        return dict(zip(map(Entry, *columns), values))
+
+    def save(self, rows, wanted):
+        """Write the rows of a dict, as `rows` returns it, whose entries are among the wanted ones,
+        and in their order."""
+        rows = {entry: rows[entry] for entry in wanted if entry in rows}
+        if not rows:
             raise UserError(f"No image could be read, so {self.path} is not written.")
-        features, log_p = self.arrays(entries)
-        arrays = {
-            "checkpoint": np.array(self.origin),
-            "gallery_names": np.array([entry.name for entry in entries]),
-            "gallery_sizes": np.array([entry.size for entry in entries]),
-            "gallery_times": np.array([entry.time for entry in entries]),
-            "gallery_features": features,
-            "gallery_log_p": log_p,
-        }
+        for key, column in zip(self.KEYS, zip(*rows)):
+            self.arrays[key] = np.array(column)
+        for key, column in zip(("features", "log_p"), zip(*rows.values())):
+            self.arrays[key] = np.stack(column)
+        arrays = {"checkpoint": np.array(self.origin)}  # the first, for `is_index`
+        arrays |= {f"gallery_{key}": array for key, array in self.arrays.items()}
         common.write_whole(self.path, lambda file: np.savez(file, **arrays))
-        said = f"{self.path}: {len(entries)} gallery embeddings of {features.shape[1]} dimensions"
-        if len(self.rows) > len(entries):
-            said += f"; dropped {len(self.rows) - len(entries)} out of date"
-        print(said, flush=True)
 
-    def arrays(self, entries):
-        """(features, log_p) of those entries, each an array of a row an entry."""
-        rows = [self.rows[entry] for entry in entries]
-        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
-
-    def file(self, entry):
-        """The path of an entry, as seen from the working directory."""
+    def file(self, row):
+        """The path of a row's crop, as seen from the working directory."""
         base = self.path.parent
         if self.path.resolve() != self.path.absolute():  # a link
             base = self.path.resolve().parent
-        return Path(os.path.normpath(base / entry.name))
+        return Path(os.path.normpath(base / self.arrays["names"][row]))
 
 
 class Found(NamedTuple):
-    """The user's crops: N paths, and what ranking needs of them, on the CPU."""
+    """The user's crops, and what ranking needs of them, on the CPU."""
 
-    files: list
+    file: Callable  # row -> path of the crop
     crops: Crops
 
 
@@ -1203,17 +1196,21 @@ def read_gallery(args, networks, checkpoint, seconds, path):
         index = Index(path, checkpoint)
         with common.timed(seconds, "reading"):
             index.load()
-        files = [index.file(entry) for entry in index.rows]
-        features, log_p = index.arrays(list(index.rows))
+        file = index.file
+        features = index.arrays["features"]
+        log_p = index.arrays["log_p"]
     else:
         blocks = list(embed_blocks(args, networks, list_images(path), seconds))
         if not blocks:
             raise UserError(f"No image could be read from {path}.")
-        files = [file for read, _, _ in blocks for file in read]
-        features = np.concatenate([own for _, own, _ in blocks])
-        log_p = np.concatenate([own for _, _, own in blocks])
+        files = []
+        for read, _, _ in blocks:
+            files += read
+        file = files.__getitem__
+        features = np.concatenate([block[1] for block in blocks])
+        log_p = np.concatenate([block[2] for block in blocks])
     log_p = torch.from_numpy(log_p) if log_p.size > 0 else None
-    return Found(files, Crops(torch.from_numpy(features), log_p=log_p))
+    return Found(file, Crops(torch.from_numpy(features), log_p=log_p))
 
 
 def list_images(path):
@@ -1250,23 +1247,33 @@ def update_index(args, networks, checkpoint, seconds):
     home = args.embed.parent.resolve()
     files = {describe_file(file, home): file for file in list_images(args.gallery)}
     index = Index(args.embed, checkpoint)
+    rows = {}
     if args.embed.exists():
         with common.timed(seconds, "reading"):
             index.load()
-        known = {entry.name for entry in index.rows}
-        if files and known.isdisjoint(entry.name for entry in files):
+        rows = index.rows()
+        known = {entry.name for entry in rows}
+        here = {entry.name for entry in files}
+        if here and known.isdisjoint(here):
             raise UserError(
                 f"{args.embed} names none of the files in {args.gallery}: give another name."
             )
 
-    new = {file: entry for entry, file in files.items() if entry not in index.rows}
+    new = {file: entry for entry, file in files.items() if entry not in rows}
+    dropped = len(rows.keys() - files.keys())
     blocks = embed_blocks(args, networks, list(new), seconds)
     for number, (read, features, log_p) in enumerate(blocks, 1):
         entries = [new[file] for file in read]
-        index.rows.update(zip(entries, zip(features, log_p)))
+        rows.update(zip(entries, zip(features, log_p)))
         if number % BLOCKS_PER_SAVE == 0:  # so that a run that is cut off can go on
-            index.save(files)
-    index.save(files)
+            index.save(rows, files)
+    index.save(rows, files)
+
+    count, dimensions = index.arrays["features"].shape
+    said = f"{args.embed}: {count} gallery embeddings of {dimensions} dimensions"
+    if dropped > 0:
+        said += f"; dropped {dropped} out of date"
+    print(said)
 
 
 def draw_hits(path, rows, size):
@@ -1321,13 +1328,13 @@ def search(args, networks, checkpoint, seconds):
 
 def show_nearest(args, queries, q, gallery, distances, calibration):
     """Print what is nearest to query q, by its distances [G]: -> a row of cells for `draw_hits`."""
-    query = queries.files[q]
+    query = queries.file(q)
     described = describe_attributes(queries.crops, q)
     cells = [(query, ["query", query.stem, *described], None)]
     lines = []
     nearest = distances.topk(min(args.top + 1, len(distances)), largest=False)  # one may be itself
     for distance, g in zip(nearest.values.tolist(), nearest.indices.tolist()):
-        file = gallery.files[g]
+        file = gallery.file(g)
         if len(lines) == args.top or file.resolve() == query.resolve():
             continue
         rank = len(lines) + 1
@@ -1387,7 +1394,7 @@ def find(args, networks, checkpoint, seconds):
     lines = []
     cells = []
     for rank, g in enumerate(best.indices.tolist(), 1):
-        file = gallery.files[g]
+        file = gallery.file(g)
         together = f"{best.values[rank - 1].exp().item():.3g}"
         each = log_p[g].exp().tolist()
         probable = sum(p > 0.5 for p in each)
