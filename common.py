@@ -533,10 +533,10 @@ def make_optimizers(module, args):
     """AdamW, with PyTorch's weight decay of 0.01, for all parameters of a module; in the strong
     recipe Muon for its convolution filters instead."""
     filters = []
+    others = list(module.parameters())
     if "muon" in args.rungs:
-        filters = [parameter for parameter in module.parameters() if parameter.dim() == 4]
-    of_muon = set(filters)
-    others = [parameter for parameter in module.parameters() if parameter not in of_muon]
+        filters = [parameter for parameter in others if parameter.dim() == 4]
+        others = [parameter for parameter in others if parameter.dim() != 4]
     optimizers = [torch.optim.AdamW(others, lr=args.lr, fused=True)]
     if filters:
         optimizers.append(Muon(filters, args.lr))
@@ -656,8 +656,8 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
         # 4. Save. A kill may come between any two of these writes. The record says whose the files
         # are. The best checkpoint comes before the state to resume: an older state trains its next
         # epoch again, to the same checkpoint, while a newer one would have lost the weights of its
-        # best epoch. Before an earlier run is set aside the state comes first: a run that is cut
-        # off before its first checkpoint then never takes the place of that earlier run.
+        # best epoch. In the first epoch, whose weights it holds itself, the state comes before an
+        # earlier run is set aside: so a run that was cut off does not take that one's place.
         if epoch == 1:
             save_training_state(checkpoint, args, training_step, optimizers, generator)
             set_aside(args.out)
@@ -735,13 +735,12 @@ def mean_loss(losses):
 
 def check_loss(loss, record, out):
     """UserError where the loss of an epoch is NaN or infinite."""
-    if math.isfinite(loss):
-        return
-    epoch = len(record["epochs"]) + 1
-    kept = "Nothing is written."
-    if epoch > 1:
-        kept = f"{out} keeps epoch {record['best epoch']}."
-    raise UserError(f"The loss became {loss} in epoch {epoch}: try a lower --lr. {kept}")
+    if not math.isfinite(loss):
+        epoch = len(record["epochs"]) + 1
+        raise UserError(
+            f"The loss became {loss} in epoch {epoch}: try a lower --lr. {out} keeps the best "
+            "epoch before that, if there is one."
+        )
 
 
 def add_epoch(record, row, metrics):
@@ -822,13 +821,13 @@ def device_random(device):
 
 def save_training_state(checkpoint, args, training_step, optimizers, generator):
     """Write all that `load_training_state` needs, beside args.out with the ending .last."""
-    state = {
+    training = {
         "loss": training_step.loss.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "generator": generator.get_state(),
         "random": device_random(args.device).get_rng_state(),
     }
-    save_checkpoint(args.out.with_suffix(".last"), checkpoint | state)
+    save_checkpoint(args.out.with_suffix(".last"), checkpoint | {"training": training})
 
 
 # Arguments that a run may resume with another value of. The learning rate depends on the number of
@@ -845,6 +844,7 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
         print(f"There is no {path} to resume: starting.")
         return None
     state = load_checkpoint(path, checkpoint["kind"])
+    training = state.pop("training")
     earlier = state["record"]
 
     ours = record["fingerprints"] | record["arguments"]
@@ -855,22 +855,29 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
             f"{path} is of a run with another {', '.join(others)}: resume with that, or start "
             "without --resume."
         )
-    if not args.out.exists() or read_record(args.out).get("run") != earlier["run"]:
+    best_weights = state["model"]
+    if args.out.exists() and read_record(args.out).get("run") == earlier["run"]:
+        best_weights = torch_load(args.out)["model"]
+    elif len(earlier["epochs"]) > 1:
         raise UserError(
             f"{args.out} is not the best checkpoint of the run that {path} goes on with: start "
             "without --resume."
         )
+    else:  # it was cut off while it saved its first epoch, which is done now
+        set_aside(args.out)
+        write_record(args.out, earlier)
+        save_checkpoint(args.out, state)
 
     record |= {k: earlier[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")}
     training_step.model.load_state_dict(state["model"])
-    training_step.loss.load_state_dict(state["loss"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+    training_step.loss.load_state_dict(training["loss"])
+    for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    generator.set_state(state["generator"])
-    device_random(args.device).set_rng_state(state["random"])
+    generator.set_state(training["generator"])
+    device_random(args.device).set_rng_state(training["random"])
 
     print(f"Going on after epoch {len(record['epochs'])}.")
-    return torch_load(args.out)["model"]
+    return best_weights
 
 
 def set_aside(out):

@@ -1124,8 +1124,8 @@ def is_index(path):
 class Index:
     """Embeddings of one's own crops, kept in a file: NAME.npz, of --embed.
 
-    arrays, each with a row for an `Entry`: names, sizes, times; features, float32 [N, D]; and log_p,
-    float32 [N, 41], or [N, 0] where no attributes are predicted."""
+    arrays, each with a row for an `Entry`: names, sizes, times; features, float32 [N, D]; and
+    log_p, float32 [N, 41], or [N, 0] where no attributes are predicted."""
 
     KEYS = ("names", "sizes", "times", "features", "log_p")
 
