@@ -5,8 +5,8 @@ Data flows one way. Every crop is decoded once into one uint8 tensor that stays 
 index tensor says what a step trains on: `fit` gathers those rows, augments them in one batch, and
 runs one forward and one backward pass.
 
-In this order: the data, augmentation, the network, the loop, files, devices and errors, and last
-the drawn people, which a first reading can skip.
+In this order: the data, augmentation, the network, the loop, files, errors, and last the drawn
+people, which a first reading can skip.
 
 [report] is "Person Attributes Recognition and Re-Identification" (Caldarella, Pedeni, Trebucchi;
 University of Trento).
@@ -14,7 +14,6 @@ University of Trento).
 
 import contextlib
 import copy
-import ctypes
 import functools
 import hashlib
 import io
@@ -22,7 +21,6 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -408,7 +406,7 @@ class Backbone(nn.Module):
     """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the
     last feature map [B, width, h, w], its mean over the places [B, width]).
 
-    state: as of `backbone_weights`; None: random. last_stride: of the last stage; the strong recipe
+    state: of torchvision's network; None: random. last_stride: of the last stage; the strong recipe
     has 1, for a map twice as high and wide. Another network fits in if it has a `width` and gives
     such a pair."""
 
@@ -438,46 +436,6 @@ class Backbone(nn.Module):
         x = (crops.float() - self.mean) / self.std
         maps = self.net(x.contiguous(memory_format=layout(x.device)))
         return maps, F.adaptive_avg_pool2d(maps, 1).flatten(1)
-
-
-def backbone_weights(args):
-    """State dict for `Backbone`: ImageNet's, downloaded once, or a file's. None: random weights, or
-    those of a run that resumes."""
-    resumes = args.resume and args.out.with_suffix(".last").exists()
-    if args.weights == "none" or resumes:
-        return None
-    if args.weights == "imagenet":
-        return download_imagenet_weights()
-
-    state = torch_load(args.weights)
-    expected = make_resnet().state_dict()
-    if not isinstance(state, dict):
-        state = {}
-    needed = {}
-    for name, tensor in expected.items():
-        # A file's classes are not ours, and published files are older than num_batches_tracked.
-        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-            continue
-        needed[name] = state.get(name)
-        if getattr(needed[name], "shape", None) != tensor.shape:
-            raise UserError(
-                f"{args.weights} is not a state dict of torchvision's {make_resnet.__name__}."
-            )
-    return expected | needed
-
-
-def download_imagenet_weights():
-    """ImageNet's weights from torchvision, kept in its cache; UserError says what else will do."""
-    socket.setdefaulttimeout(20)  # else a network that swallows packets hangs this for minutes
-    try:
-        return IMAGENET_WEIGHTS.get_state_dict(check_hash=True, weights_only=True)
-    except Exception as error:  # of the network, of the hash, of a damaged file
-        raise UserError(
-            f"ImageNet weights could not be had ({error}): pass --weights none to start from "
-            f"random weights, or --weights FILE, a copy of {IMAGENET_WEIGHTS.url}."
-        ) from None
-    finally:
-        socket.setdefaulttimeout(None)
 
 
 # ------------------------------------------------------------------------------------------
@@ -981,59 +939,7 @@ def torch_load(path):
 
 
 # ------------------------------------------------------------------------------------------
-# Devices, processes, errors.
-
-
-def choose_device(asked):
-    """The name of the device to compute on; UserError where PyTorch finds none of that name, or one
-    that cannot compute, as an old GPU or a virtual Mac."""
-    best = "cpu"
-    if torch.cuda.is_available():
-        best = "cuda"
-    elif torch.backends.mps.is_available() and "RANK" not in os.environ:
-        best = "mps"  # which cannot send to other processes
-    if asked not in ("auto", "cpu", best):
-        raise UserError(
-            f"PyTorch {torch.__version__} finds no {asked} device here: pass --device {best}."
-        )
-    device = best if asked == "auto" else asked
-    try:
-        if device == "cuda" and "RANK" in os.environ:  # one for each process of this machine
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.ones(1, device=device).item()
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"The {device} device is there but cannot compute ({reason}): pass --device cpu."
-        ) from None
-    return device
-
-
-def join_processes(args):
-    """Meet the other processes that torchrun has started, to train."""
-    if args.eval or vars(args).get("stats"):
-        raise UserError("Several processes only train: run this command without torchrun.")
-    backend = "gloo"
-    try:
-        if args.device == "cuda" and dist.is_nccl_available():
-            backend = "nccl"
-        dist.init_process_group(backend)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"The processes of this run cannot meet ({error}): start them by "
-            "torchrun, no more on a machine than it has GPUs, or unset the variable RANK."
-        ) from None
-
-
-def keep_freed_memory():
-    """On Linux with glibc, keep freed blocks for the next training step, which would else have each
-    mapped and zeroed anew: a tenth of the training speed on a CPU. Elsewhere this does nothing."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold = -1
-        m_mmap_threshold = -3
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_threshold, 2**25)  # its upper limit
+# Errors.
 
 
 def run(parser, check_flags, main):

@@ -16,16 +16,19 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import math
 import os
 import platform
 import re
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
@@ -168,6 +171,46 @@ class JointNet(nn.Module):
 def make_backbone(settings, state=None):
     """`common.Backbone` as the arguments of a run, a dict, ask for."""
     return common.Backbone(state, last_stride=1 if "stride" in settings["rungs"] else 2)
+
+
+def backbone_weights(args):
+    """State dict for `common.Backbone`: ImageNet's, downloaded once, or a file's. None: random
+    weights, or those of a run that resumes."""
+    resumes = args.resume and args.out.with_suffix(".last").exists()
+    if args.weights == "none" or resumes:
+        return None
+    if args.weights == "imagenet":
+        return download_imagenet_weights()
+
+    state = common.torch_load(args.weights)
+    expected = common.make_resnet().state_dict()
+    if not isinstance(state, dict):
+        state = {}
+    needed = {}
+    for name, tensor in expected.items():
+        # A file's classes are not ours, and published files are older than num_batches_tracked.
+        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+            continue
+        needed[name] = state.get(name)
+        if getattr(needed[name], "shape", None) != tensor.shape:
+            raise UserError(
+                f"{args.weights} is not a state dict of torchvision's {common.make_resnet.__name__}."
+            )
+    return expected | needed
+
+
+def download_imagenet_weights():
+    """ImageNet's weights from torchvision, kept in its cache; UserError says what else will do."""
+    socket.setdefaulttimeout(20)  # else a network that swallows packets hangs this for minutes
+    try:
+        return common.IMAGENET_WEIGHTS.get_state_dict(check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, of the hash, of a damaged file
+        raise UserError(
+            f"ImageNet weights could not be had ({error}): pass --weights none to start from "
+            f"random weights, or --weights FILE, a copy of {common.IMAGENET_WEIGHTS.url}."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def make_network(settings, attributes=True, identities=0, state=None):
@@ -472,7 +515,7 @@ def train(args, record, market, split):
     """Train with args.loss, write checkpoint and record: -> as `score_and_show`, on validation."""
     rows, validation = [which.nonzero()[:, 0] for which in split]
     train_ids, validation_ids = [market.person_ids[which].unique() for which in split]
-    state = common.backbone_weights(args)
+    state = backbone_weights(args)
     torch.manual_seed(args.seed)  # the same start for each loss
     model = make_network(vars(args), identities=len(train_ids), state=state).to(args.device)
     loss = RecognitionLoss(args, market, rows)
@@ -818,11 +861,11 @@ def start(args, source=None, checkpoint=None, data=True):
 
     A checkpoint, read from the file `source`, decides the size. data: whether the command reads the
     data set."""
-    args.device = common.choose_device(args.device)
+    args.device = choose_device(args.device)
     if "RANK" in os.environ:  # torchrun has started this process
-        common.join_processes(args)
+        join_processes(args)
     torch.backends.cudnn.benchmark = True  # shapes do not change, so choosing an algorithm pays
-    common.keep_freed_memory()
+    keep_freed_memory()
 
     size = args.size or (128, 64)
     if checkpoint is not None:
@@ -861,6 +904,58 @@ def start(args, source=None, checkpoint=None, data=True):
     }
     describe_start(args, record, source, data)
     return record
+
+
+def choose_device(asked):
+    """The name of the device to compute on; UserError where PyTorch finds none of that name, or one
+    that cannot compute, as an old GPU or a virtual Mac."""
+    best = "cpu"
+    if torch.cuda.is_available():
+        best = "cuda"
+    elif torch.backends.mps.is_available() and "RANK" not in os.environ:
+        best = "mps"  # which cannot send to other processes
+    if asked not in ("auto", "cpu", best):
+        raise UserError(
+            f"PyTorch {torch.__version__} finds no {asked} device here: pass --device {best}."
+        )
+    device = best if asked == "auto" else asked
+    try:
+        if device == "cuda" and "RANK" in os.environ:  # one for each process of this machine
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"The {device} device is there but cannot compute ({reason}): pass --device cpu."
+        ) from None
+    return device
+
+
+def join_processes(args):
+    """Meet the other processes that torchrun has started, to train."""
+    if args.eval or vars(args).get("stats"):
+        raise UserError("Several processes only train: run this command without torchrun.")
+    backend = "gloo"
+    try:
+        if args.device == "cuda" and dist.is_nccl_available():
+            backend = "nccl"
+        dist.init_process_group(backend)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"The processes of this run cannot meet ({error}): start them by "
+            "torchrun, no more on a machine than it has GPUs, or unset the variable RANK."
+        ) from None
+
+
+def keep_freed_memory():
+    """On Linux with glibc, keep freed blocks for the next training step, which would else have each
+    mapped and zeroed anew: a tenth of the training speed on a CPU. Elsewhere this does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold = -1
+        m_mmap_threshold = -3
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 2**25)  # its upper limit
 
 
 def find_data(folder):

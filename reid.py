@@ -811,7 +811,7 @@ def train(args, record, stage_1, market, split):
     check_cameras(market, validation)
     state = None
     if stage_1 is None:
-        state = common.backbone_weights(args)
+        state = par.backbone_weights(args)
     torch.manual_seed(args.seed)
     recipe = strong_recipe if args.recipe == "strong" else report_recipe
     with common.timed(record["seconds"], "preparing"):

@@ -1043,7 +1043,7 @@ def test_the_backbone_is_torchvisions_resnet18_with_a_files_weights(
     expected = reference.eval()(scaled_like_imagenet(crops))
 
     args = SimpleNamespace(weights=str(tmp_path / "resnet18.pth"), resume=False)
-    backbone = common.Backbone(common.backbone_weights(args)).eval()
+    backbone = common.Backbone(par.backbone_weights(args)).eval()
     maps, features = backbone(crops)
     assert torch.allclose(features, expected, atol=1e-4)
     assert torch.allclose(maps.mean((2, 3)), expected, atol=1e-4)
@@ -3628,7 +3628,7 @@ def test_a_run_resumes_only_beside_its_own_record(beside, market, trained, tmp_p
 def test_a_run_that_resumes_asks_for_no_weights(tmp_path):
     (tmp_path / "o.last").touch()
     args = SimpleNamespace(weights="imagenet", resume=True, out=tmp_path / "o.pt")
-    assert common.backbone_weights(args) is None
+    assert par.backbone_weights(args) is None
 
 
 @pytest.fixture
@@ -4337,7 +4337,7 @@ def test_a_device_that_cannot_compute_is_told(monkeypatch):
     monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError) as told:
-        common.choose_device("cuda")
+        par.choose_device("cuda")
     assert str(told.value) == (
         "The cuda device is there but cannot compute (no kernel image is available): pass --device "
         "cpu."
@@ -4360,9 +4360,9 @@ def test_the_fastest_device_there_is_chosen(cuda, mps, rank, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "ones", Mock())
-    assert common.choose_device("auto") == best
-    assert common.choose_device(best) == best
-    assert common.choose_device("cpu") == "cpu"
+    assert par.choose_device("auto") == best
+    assert par.choose_device(best) == best
+    assert par.choose_device("cpu") == "cpu"
 
 
 if __name__ == "__main__":  # as `start` starts it
