@@ -70,12 +70,21 @@ CLASS_COUNTS = [len(classes) for classes in ATTRIBUTES.values()]  # 41 classes i
 # each class but the last, named by this prefix and the class: upblack, upwhite and so on.
 FLAG_PREFIXES = {"upcolor": "up", "downcolor": "down"}
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-IGNORED_FILES = ("thumbs.db", "desktop.ini")  # a system's own
+# What systems put beside pictures: Windows, macOS, and the disk stations of Synology.
+IGNORED_FILES = ("thumbs.db", "desktop.ini", "$recycle.bin", "__macosx", "@eadir", "#recycle")
 
 
 class UserError(ValueError):
     """Something the user can put right. Its text is all that is shown: what is wrong, where, what
     to do."""
+
+
+def name_some(things):
+    """The first five of a list as a text, and how many more there are."""
+    text = ", ".join(map(str, things[:5]))
+    if len(things) > 5:
+        text += f" and {len(things) - 5} more"
+    return text
 
 
 # ------------------------------------------------------------------------------------------
@@ -106,25 +115,30 @@ def load_market(root, part, size=(128, 64), annotated=True):
     and where there are no annotations, they are -1. UserError names what is missing or unreadable.
     """
     folder = Path(root) / PARTS[part]
-    found = os.listdir(folder) if folder.is_dir() else []
-    names = sorted(name for name in found if not is_ignored(name))
+    names = list_crops(root, part)
     if not names:
         raise UserError(
             f"There are no crops in {folder}: --data takes the folder that holds {PARTS[part]}."
         )
 
-    parsed = [parse_crop_name(folder / name) for name in names]
+    parsed = [parse_crop_name(name) for name in names]
+    strangers = [name for name, numbers in zip(names, parsed) if numbers is None]
+    if strangers:
+        raise UserError(
+            f"Not named like a crop of Market-1501 (0002_c1s1_000451_03.jpg: identity 2, camera 1) "
+            f"in {folder}: {name_some(strangers)}. Rename that or move it out of the folder."
+        )
     person_ids = [person_id for person_id, _ in parsed]
     camera_ids = [camera_id for _, camera_id in parsed]
 
     annotations = {}
     if annotated:
         annotations = read_annotations(Path(root), "train" if part == "train" else "test")
-    missing = set(person_ids) - annotations.keys() - {-1, 0}
+    missing = sorted(set(person_ids) - annotations.keys() - {-1, 0})
     if annotations and missing:
         raise UserError(
-            f"The annotations in {root} lack identity {min(missing):04d}, which has crops in "
-            f"{folder.name}."
+            f"The annotations in {root} lack identities that have crops in {folder.name}: "
+            f"{name_some(missing)}."
         )
     labels = [annotations.get(person_id, [-1] * len(ATTRIBUTES)) for person_id in person_ids]
 
@@ -134,19 +148,25 @@ def load_market(root, part, size=(128, 64), annotated=True):
     )
 
 
+def list_crops(root, part):
+    """The file names, sorted, of a part of the data set in folder `root`; an empty list where there
+    is none."""
+    folder = Path(root) / PARTS[part]
+    found = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in found if not is_ignored(name))
+
+
 def is_ignored(name):
     """Whether a file or folder of that name is hidden, or a system's own."""
     return name.startswith(".") or name.lower() in IGNORED_FILES
 
 
-def parse_crop_name(path):
-    """0002_c1s1_000451_03.jpg -> (2, 1): identity and camera."""
-    match = re.match(r"(-1|\d{1,9})_c(\d{1,9}).*\.jpe?g$", path.name, re.IGNORECASE)
+def parse_crop_name(name):
+    """0002_c1s1_000451_03.jpg -> (2, 1): identity and camera; None for another kind of name. The
+    ending says nothing, as any format is read."""
+    match = re.match(r"(-1|\d{1,9})_c(\d{1,9})(?!\d)", name, re.IGNORECASE)
     if match is None:
-        raise UserError(
-            f"{path} is not named like a crop of Market-1501 (0002_c1s1_000451_03.jpg: identity 2, "
-            "camera 1): rename it or move it out of the folder."
-        )
+        return None
     return int(match[1]), int(match[2])
 
 
@@ -167,31 +187,42 @@ def read_annotations(root, half):
     if not source.is_file():
         return {}
     columns = read_annotation_table(source, half)
+    check_annotations(source, columns)
 
-    def read_column(name, highest):
-        if name not in columns or f"{name}_1" in columns:  # NumPy's name for the second of two
-            raise UserError(f"{source} does not have one column '{name}'.")
-        for person_id, value in zip(columns["id"], columns[name]):
-            if not 1 <= value <= highest or value % 1 != 0:
-                raise UserError(
-                    f"{source}: '{name}' of identity {person_id:g} is {value:g}, not one of 1 to "
-                    f"{highest}."
-                )
-        return columns[name].astype(int)
-
-    person_ids = read_column("id", 10**9).tolist()
-    if len(set(person_ids)) < len(person_ids):
-        raise UserError(f"{source} names an identity twice.")
     codes = []
     for attribute, classes in ATTRIBUTES.items():
-        names = annotation_columns(attribute)
+        values = np.stack([columns[name] for name in annotation_columns(attribute)]).astype(int) - 1
         if attribute in FLAG_PREFIXES:
-            flags = np.stack([read_column(name, 2) - 1 for name in names])
-            one_flag = flags.sum(0) == 1
-            codes.append(np.where(one_flag, flags.argmax(0), len(classes) - 1))
+            one_flag = values.sum(0) == 1
+            codes.append(np.where(one_flag, values.argmax(0), len(classes) - 1))
         else:
-            codes.append(read_column(attribute, len(classes)) - 1)
-    return dict(zip(person_ids, np.stack(codes, 1).tolist()))
+            codes.append(values[0])
+    return dict(zip(columns["id"].astype(int).tolist(), np.stack(codes, 1).tolist()))
+
+
+def check_annotations(source, columns):
+    """UserError where a column is missing, a value is no code, or an identity stands there
+    twice."""
+    highest = {"id": 10**9}  # code of each column
+    for attribute, classes in ATTRIBUTES.items():
+        codes = 2 if attribute in FLAG_PREFIXES else len(classes)
+        highest |= dict.fromkeys(annotation_columns(attribute), codes)
+    # NumPy names the second of two equal columns with _1.
+    missing = [name for name in highest if name not in columns or f"{name}_1" in columns]
+    if missing:
+        raise UserError(f"{source} does not have one column of each name: {name_some(missing)}.")
+
+    wrong = []
+    for name, high in highest.items():
+        for person_id, value in zip(columns["id"], columns[name]):
+            if not 1 <= value <= high or value % 1 != 0:
+                wrong.append(f"'{name}' of identity {person_id:g} is {value:g}, not 1 to {high}")
+    if wrong:
+        raise UserError(f"{source}: {name_some(wrong)}.")
+    person_ids, counts = np.unique(columns["id"], return_counts=True)
+    twice = person_ids[counts > 1].astype(int)
+    if len(twice) > 0:
+        raise UserError(f"{source} names identities twice: {name_some(twice)}.")
 
 
 def read_annotation_table(source, half):
@@ -224,8 +255,8 @@ def read_annotation_table(source, half):
 def read_crops(paths, size, skip=False):
     """Decode image files in threads: -> (uint8 [N, 3, H, W], channels last in memory, their paths).
 
-    Those of another size than `size`, (height, width), are resized, with antialiasing. What cannot
-    be read is a UserError or, with skip, named on stderr and left out."""
+    Those of another size than `size`, (height, width), are resized, with antialiasing. Files that
+    cannot be read are a UserError or, with skip, named on stderr and left out."""
     height, width = size
     crops = torch.empty(len(paths), height, width, 3, dtype=torch.uint8)
     pixels = crops.numpy()  # the same memory
@@ -234,9 +265,7 @@ def read_crops(paths, size, skip=False):
         try:
             image = read_image(paths[row])
         except UserError as error:
-            if skip:
-                return " ".join(str(error).splitlines())
-            raise
+            return str(error)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels[row] = image
@@ -244,8 +273,14 @@ def read_crops(paths, size, skip=False):
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         failures = list(pool.map(read, range(len(paths))))
-    for failure in filter(None, failures):
-        print(f"Skipped: {failure}", file=sys.stderr)
+    told = [failure for failure in failures if failure is not None]
+    if told and not skip:
+        raise UserError(
+            f"Cannot read {len(told)} of {len(paths)} crops: {name_some(told)}. Replace them or move "
+            "them out of their folder."
+        )
+    for failure in told:
+        print(f"Skipped: {failure}.", file=sys.stderr)
     good = [row for row, failure in enumerate(failures) if failure is None]
     if len(good) < len(paths):
         crops = crops[good]
@@ -254,7 +289,7 @@ def read_crops(paths, size, skip=False):
 
 def read_image(path):
     """Read an image of any format that Pillow knows: -> Pillow image, RGB, upright, transparency
-    laid on white."""
+    laid on white. UserError, half a sentence, says why one cannot be read."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
@@ -265,11 +300,9 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+        raise UserError(f"{path} does not exist") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
-        raise UserError(
-            f"{path} is not a readable image ({error}): replace it or move it out of the folder."
-        ) from None
+        raise UserError(f"{path} is not a readable image ({error})") from None
 
 
 def split_identities(person_ids, fraction=0.6, seed=0):

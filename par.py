@@ -485,12 +485,15 @@ def fit_text(text, pen, font, width):
 def load_train(args, annotated=True):
     """The train set; UserError if it holds junk or, where annotations are needed, none."""
     market = common.load_market(args.data, "train", args.size, annotated)
-    for name, person_id in zip(market.names, market.person_ids.tolist()):
-        if person_id < 1:
-            raise UserError(
-                f"{name} in {args.data / common.PARTS['train']} shows no identity (0 or -1): move "
-                "it away."
-            )
+    nobody = (market.person_ids < 1).nonzero()[:, 0].tolist()
+    if nobody:
+        names = common.name_some([market.names[row] for row in nobody])
+        free = market.person_ids.max().item() + 1
+        raise UserError(
+            "Identity 0 stands for distractors and -1 for junk, which are not trained on, in "
+            f"{args.data / common.PARTS['train']}: {names}. Move them away or, if 0 is a person, "
+            f"give it a free number in all their names: {free:04d} for 0."
+        )
     if annotated and (market.labels < 0).any():
         raise UserError(
             f"{args.data}: no annotations in annotations_train.csv or market_attribute.mat. Put "

@@ -4090,13 +4090,16 @@ def test_the_end_of_another_process_is_told_where_there_are_several(monkeypatch,
 
 TABLE = csv_text(ROWS)
 BROKEN_TABLES = [
-    (TABLE.replace("hat", "cap"), "does not have one column 'hat'"),
-    (TABLE.replace("bag", "age", 1), "does not have one column 'age'"),  # but two
+    (TABLE.replace("hat", "cap"), "does not have one column of each name: hat."),
+    (TABLE.replace("bag", "age", 1), "does not have one column of each name: age, bag."),
     (TABLE.replace("\n1,", "\n1,1,"), "cannot be read as annotations (ValueError"),
-    (csv_text([*ROWS, ROWS[1]]), "names an identity twice"),
-    (TABLE, "lack identity 0003, which has crops in bounding_box_train"),
-    (csv_text([ROWS[0], ROWS[1] | {"age": 5}]), "'age' of identity 2 is 5, not one of 1 to 4"),
-    (csv_text([ROWS[0], ROWS[1] | {"upred": ""}]), "'upred' of identity 2 is nan, not one of 1"),
+    (csv_text([*ROWS, ROWS[1]]), "names identities twice: 2."),
+    (TABLE, "that have crops in bounding_box_train: 3, 4, 5, 6, 7 and 3 more."),
+    (
+        csv_text([ROWS[0], ROWS[1] | {"age": 5, "hat": 3}]),
+        "'age' of identity 2 is 5, not 1 to 4, 'hat' of identity 2 is 3, not 1 to 2.",
+    ),
+    (csv_text([ROWS[0], ROWS[1] | {"upred": ""}]), "'upred' of identity 2 is nan, not 1 to 2."),
 ]
 
 
@@ -4120,21 +4123,55 @@ def test_broken_annotations_are_named_in_a_sentence(table, sentence, root, run):
 
 
 @pytest.mark.parametrize(
-    "name, sentence",
+    "names, sentence",
     [
-        ("-1_c1s1_000025_01.jpg", "shows no identity (0 or -1): move it away"),
-        ("notes.txt", "notes.txt is not named like a crop of Market-1501"),
+        (
+            ["-1_c1.jpg", "0000_c1.jpg"],
+            "bounding_box_train: -1_c1.jpg, 0000_c1.jpg. Move them away",
+        ),
+        (
+            ["0000_c1.jpg"],
+            "if 0 is a person, give it a free number in all their names: 0011 for 0.",
+        ),
+        (["notes.txt", "2_c.png"], "bounding_box_train: 2_c.png, notes.txt. Rename that or move"),
+        (["2_c1234567890.png"], "Not named like a crop of Market-1501 (0002_c1s1_000451_03.jpg:"),
     ],
 )
-def test_a_file_that_is_no_training_crop_is_named(name, sentence, root, run):
-    crops_of(root)[0].rename(root / "bounding_box_train" / name)
+def test_all_files_are_named_that_are_no_training_crops(names, sentence, root, run):
+    for crop, name in zip(crops_of(root), names):
+        crop.rename(root / "bounding_box_train" / name)
     check_training_is_refused(run, root, sentence)
 
 
-def test_a_crop_that_cannot_be_read_is_named(root, run):
-    crop = crops_of(root)[0]
-    crop.write_bytes(b"")
-    check_training_is_refused(run, root, f"{crop} is not a readable image")
+def test_crops_that_cannot_be_read_are_named_five_and_how_many_more(root, run):
+    crops = crops_of(root)[:12]
+    for crop in crops:
+        crop.write_bytes(b"")
+    run(par, "--data", root, *QUICK, error=f"Cannot read 12 of 60 crops: {crops[0]} is not a readable")
+    check_training_is_refused(
+        run, root, "and 7 more. Replace them or move them out of their folder."
+    )
+
+
+def test_crops_may_be_of_any_format_that_is_read_elsewhere(root, run):
+    formats = [".png", ".bmp", ".webp", ".PNG", ".tif", ".jpeg", ""]
+    for crop, ending in zip(crops_of(root), formats):
+        kind = None if ending else "png"
+        with Image.open(crop) as image:
+            image.save(crop.with_suffix(ending), kind)
+        if crop.suffix != ending:
+            crop.unlink()
+    data = common.load_market(root, "train", (64, 32))
+    assert len(data.names) == 60
+    run(par, "--data", root, *QUICK)
+
+
+def test_what_a_system_puts_beside_crops_is_not_looked_at(root, run):
+    folder = root / "bounding_box_train"
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):
+        (folder / name).touch()
+    (folder / "@eaDir" / crops_of(root)[0].name).mkdir(parents=True)
+    assert len(common.load_market(root, "train").names) == 60
 
 
 def test_annotations_that_are_missing_are_asked_for(root, run):
