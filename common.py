@@ -36,6 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
+from torchvision.transforms.functional import resize
 
 # Class names in the order of their codes in the annotations, attributes in the order of [report]
 # tables 2-4. The last class of both colours, "multi", is the report's own (section 2): an identity
@@ -276,9 +277,10 @@ def read_crops(paths, size, skip=False):
     told = [failure for failure in failures if failure is not None]
     if told and not skip:
         raise UserError(
-            f"Cannot read {len(told)} of {len(paths)} crops: {name_some(told)}. Replace them or move "
-            "them out of their folder."
+            f"Cannot read {len(told)} of {len(paths)} crops: {name_some(told)}. Replace them or "
+            "move them out of their folder."
         )
+    show_line("")
     for failure in told:
         print(f"Skipped: {failure}.", file=sys.stderr)
     good = [row for row, failure in enumerate(failures) if failure is None]
@@ -303,6 +305,19 @@ def read_image(path):
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
         raise UserError(f"{path} is not a readable image ({error})") from None
+
+
+def resize_crops(crops, size):
+    """Bring uint8 crops [N, 3, H, W], RGB, to `size`, (height, width), with antialiasing; UserError
+    for anything but such crops."""
+    is_uint8 = torch.is_tensor(crops) and crops.dtype == torch.uint8
+    if not is_uint8 or crops.dim() != 4 or crops.shape[1] != 3:
+        raise UserError("Crops have to be a uint8 tensor [N, 3, H, W], RGB.")
+    if len(crops) == 0:
+        return crops.new_empty(0, 3, *size)
+    if crops.shape[2:] == tuple(size):
+        return crops
+    return resize(crops, size, antialias=True)
 
 
 def split_identities(person_ids, fraction=0.6, seed=0):
@@ -554,7 +569,8 @@ def infer(model, crops, rows=None, pixels=512 * 128 * 64):
     a NamedTuple of float32 tensors or None, of all rows, on its device."""
     if rows is None:
         rows = torch.arange(len(crops))
-    batch = max(1, pixels // crops[0, 0].numel())
+    height, width = crops.shape[2:]
+    batch = max(1, pixels // (height * width))
     device = next(model.parameters()).device
     model.to(memory_format=layout(device)).eval()
     with torch.inference_mode(), autocast(device):

@@ -24,6 +24,7 @@ import re
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,9 +194,8 @@ def backbone_weights(args):
             continue
         needed[name] = state.get(name)
         if getattr(needed[name], "shape", None) != tensor.shape:
-            raise UserError(
-                f"{args.weights} is not a state dict of torchvision's {common.make_resnet.__name__}."
-            )
+            network = common.make_resnet.__name__
+            raise UserError(f"{args.weights} is not a state dict of torchvision's {network}.")
     return expected | needed
 
 
@@ -567,13 +567,31 @@ def train_all_losses(args, record, market, split):
         show_scores(f"{title} (%) on validation", columns)
 
 
-def load_network(args, checkpoint):
-    """The network of a checkpoint of stage 1, or of the strong stage 2, on args.device."""
+def load_network(checkpoint, device):
+    """The network of a checkpoint of stage 1, or of the strong stage 2."""
     settings = checkpoint["record"]["arguments"]
     attributes = checkpoint["kind"] == "par" or "attributes" in settings["rungs"]
     model = make_network(settings, attributes, len(checkpoint["train_ids"]))
     model.load_state_dict(checkpoint["model"])
-    return model.to(args.device)
+    return model.to(device)
+
+
+class Recogniser:
+    """A trained network that predicts attributes, to be called with uint8 crops [N, 3, H, W] (RGB,
+    of any size): -> (classes int64 [N, 12], their probabilities float32 [N, 12]), on the CPU."""
+
+    def __init__(self, checkpoint, device):
+        self.model = load_network(checkpoint, device)
+        self.size = checkpoint["record"]["arguments"]["size"]
+
+    def __call__(self, crops):
+        return predict(self.model, common.resize_crops(crops, self.size))
+
+
+def load_recogniser(path, device="auto"):
+    """Load a checkpoint of par.py, or one of reid.py that predicts attributes: -> `Recogniser`.
+    UserError, a ValueError, says why it cannot be used."""
+    return Recogniser(load_predictor(path), choose_device(device))
 
 
 def load_predictor(path):
@@ -590,7 +608,7 @@ def load_predictor(path):
 
 def evaluate(args, record, checkpoint):
     """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
-    model = load_network(args, checkpoint)
+    model = load_network(checkpoint, args.device)
     seconds = record["seconds"]
     with common.timed(seconds, "loading"):
         market = load_train(args)
@@ -634,63 +652,86 @@ def list_files(paths):
     return files
 
 
+BLOCK_PIXELS = 2048 * 128 * 64  # of the crops that are read at once: 50 MB
+
+
+def read_blocks(files, size, seconds):
+    """Read files in blocks, in bounded memory: yields (uint8 crops [n, 3, H, W] of `size`, their n
+    files). What cannot be read is named on stderr, and so is, on a terminal, how far it is."""
+    count = max(1, BLOCK_PIXELS // (size[0] * size[1]))
+    begin = time.perf_counter()
+    for start in range(0, len(files), count):
+        with common.timed(seconds, "reading"):
+            crops, read = common.read_crops(files[start : start + count], size, skip=True)
+        common.show_line("")
+        if read:
+            yield crops, read
+        done = min(start + count, len(files))
+        left = round((time.perf_counter() - begin) * (len(files) / done - 1))
+        common.show_line(f"{done} of {len(files)} images, {left // 60}:{left % 60:02} left")
+    common.show_line("")
+
+
+class Predicted(NamedTuple):
+    """What the pictures of --predict show of an image."""
+
+    file: Path
+    crop: torch.Tensor  # uint8 [3, H, W]
+    classes: torch.Tensor  # int64 [12]
+    lines: list[str]  # each attribute's class and its probability
+
+
 def predict_files(args, record, checkpoint):
-    """Write the attributes of the user's own images as CSV on standard output; with --sheet and
-    --maps also draw them."""
-    model = load_network(args, checkpoint)
+    """Write the attributes of the user's own images as CSV on standard output, block after block;
+    with --sheet and --maps also draw the first of them."""
+    recogniser = Recogniser(checkpoint, args.device)
     seconds = record["seconds"]
-    with common.timed(seconds, "reading"):
-        crops, files = common.read_crops(list_files(args.predict), args.size, skip=True)
-    if not files:
-        raise UserError(f"No image could be read from {', '.join(map(str, args.predict))}.")
-    with common.timed(seconds, "predicting"):
-        classes, probabilities = predict(model, crops)
-
-    names = []
-    for row in classes.tolist():
-        names.append([own[c] for own, c in zip(ATTRIBUTES.values(), row)])
-    write_csv(files, names, probabilities)
-    say_seconds(seconds, sys.stderr)
-    captions = []
-    for own, row in zip(names, probabilities.tolist()):
-        captions.append([f"{a}: {name}  {p:.2f}" for a, name, p in zip(ATTRIBUTES, own, row)])
-    if args.sheet:
-        draw_predictions(args.out.with_name("par_sheet.png"), crops, files, captions)
-    if args.maps:
-        maps = activation_maps(model, crops[:20], classes[:20])
-        draw_maps(args.out.with_name("par_maps.png"), crops, files, captions, maps)
-
-
-def write_csv(files, names, probabilities):
-    """Write N files' classes, 12 names each, and probabilities, [N, 12], to standard output."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     header = ["file", *ATTRIBUTES] + [f"{attribute}_probability" for attribute in ATTRIBUTES]
-    writer.writerow(header)
-    for file, own, row in zip(files, names, probabilities.tolist()):
-        writer.writerow([file, *own] + [f"{p:.3f}" for p in row])
+    first = []
+    for crops, files in read_blocks(list_files(args.predict), args.size, seconds):
+        with common.timed(seconds, "predicting"):
+            classes, probabilities = recogniser(crops)
+        if not first:
+            writer.writerow(header)
+        for k, file in enumerate(files):
+            names = [own[c] for own, c in zip(ATTRIBUTES.values(), classes[k].tolist())]
+            numbers = [f"{p:.3f}" for p in probabilities[k].tolist()]
+            writer.writerow([file, *names, *numbers])
+            if len(first) < 60:
+                columns = zip(ATTRIBUTES, names, probabilities[k].tolist())
+                lines = [f"{attribute}: {name}  {p:.2f}" for attribute, name, p in columns]
+                first.append(Predicted(file, crops[k].clone(), classes[k], lines))
+        sys.stdout.flush()
+    if not first:
+        raise UserError(f"No image could be read from {', '.join(map(str, args.predict))}.")
+    say_seconds(seconds, sys.stderr)
+    if args.sheet:
+        draw_predictions(args.out.with_name("par_sheet.png"), first)
+    if args.maps:
+        draw_maps(args.out.with_name("par_maps.png"), first[:20], recogniser.model)
 
 
-def draw_predictions(path, crops, files, captions):
-    """Draw the first 60 crops with their attributes, six in a row."""
-    cells = []
-    for crop, file, lines in list(zip(crops, files, captions))[:60]:
-        cells.append((crop, [file.stem, *lines], None))
+def draw_predictions(path, predicted):
+    """Draw `Predicted` crops with their attributes, six in a row."""
+    cells = [(one.crop, [one.file.stem, *one.lines], None) for one in predicted]
     draw_sheet(path, [cells[i : i + 6] for i in range(0, len(cells), 6)])
 
 
-def draw_maps(path, crops, files, captions, maps):
-    """Draw crops, a row each, and in orange where each attribute comes from: maps float32
-    [n, 12, h, w]."""
-    count = len(maps)
-    orange = torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1)
+def draw_maps(path, predicted, model):
+    """Draw `Predicted` crops, a row each, and in orange where each attribute comes from."""
+    crops = torch.stack([one.crop for one in predicted])
+    classes = torch.stack([one.classes for one in predicted])
+    maps = activation_maps(model, crops, classes)
     maps = maps - maps.amin((2, 3), keepdim=True)
     maps = F.interpolate(maps, crops.shape[2:], mode="bilinear")[:, :, None]  # [n, 12, 1, H, W]
     share = 0.7 * (maps / maps.amax((3, 4), keepdim=True).clamp(min=1e-9)) ** 2
-    lit = (crops[:count, None] * (1 - share) + orange * share).byte()
+    orange = torch.tensor([213.0, 94.0, 0.0]).view(3, 1, 1)
+    lit = (crops[:, None] * (1 - share) + orange * share).byte()  # [n, 12, 3, H, W]
     rows = []
-    for crop, file, lines, mapped in zip(crops[:count], files, captions, lit):
-        row = [(crop, [file.stem], None)]
-        row += [(picture, [line], None) for picture, line in zip(mapped, lines)]
+    for one, pictures in zip(predicted, lit):
+        row = [(one.crop, [one.file.stem], None)]
+        row += [(picture, [line], None) for picture, line in zip(pictures, one.lines)]
         rows.append(row)
     draw_sheet(path, rows, height=192)
 

@@ -716,46 +716,65 @@ def show_calibration(title, calibration, found, prior):
 # Training.
 
 
-class Networks(NamedTuple):
-    """What a checkpoint of stage 2 holds, in evaluation mode or about to be."""
+class Embedder:
+    """A trained network, to be called with uint8 crops [N, 3, H, W] (RGB, of any size): -> their
+    features, float32 [N, D], on the CPU; of length 1 by the strong recipe."""
 
-    embed: nn.Module
-    predict: nn.Module | None  # attributes; the same network if one does both, None if none does
+    def __init__(self, model, predictor, size):
+        self.model = model
+        self.predictor = predictor  # of attributes: the same network, another, or None
+        self.size = size
+
+    def __call__(self, crops):
+        return common.infer(self.model, common.resize_crops(crops, self.size)).features.cpu()
+
+    def describe(self, crops):
+        """Features and attributes: -> (float32 [N, D], log-probabilities of all classes, float32
+        [N, 41], or None), on a GPU if the network is, else on the CPU, as ranking takes float64,
+        which MPS has not."""
+        crops = common.resize_crops(crops, self.size)
+        output = common.infer(self.model, crops)
+        logits = None
+        if self.predictor is self.model:
+            logits = output.logits
+        elif self.predictor is not None:
+            logits = common.infer(self.predictor, crops).logits
+        device = output.features.device if output.features.is_cuda else "cpu"
+        log_p = None if logits is None else par.log_probabilities(logits).to(device)
+        return output.features.to(device), log_p
 
 
-def load_networks(args, checkpoint):
-    """The networks of a checkpoint of reid.py, on args.device: -> `Networks`."""
+def make_embedder(checkpoint, device):
+    """The networks of a checkpoint of reid.py: -> `Embedder`."""
     settings = checkpoint["record"]["arguments"]
     if settings["recipe"] == "report":
-        backbone = par.make_backbone(settings)
-        model = EmbeddingNet(backbone, settings["dim"])
+        model = EmbeddingNet(par.make_backbone(settings), settings["dim"])
         model.load_state_dict(checkpoint["model"])
-        model.to(args.device)
+        model.to(device)
     else:
-        model = par.load_network(args, checkpoint)
+        model = par.load_network(checkpoint, device)
+    predictor = None
     if "attributes" in settings["rungs"]:
-        return Networks(model, model)
-    if checkpoint["stage 1"] is None:
-        return Networks(model, None)
-    return Networks(model, par.load_network(args, checkpoint["stage 1"]))
+        predictor = model
+    elif checkpoint["stage 1"] is not None:
+        predictor = par.load_network(checkpoint["stage 1"], device)
+    return Embedder(model, predictor, settings["size"])
 
 
-def embed(networks, market, rows=slice(None)):
-    """Embed crops of a `common.Market`, and predict their attributes: -> `Crops`, on a GPU if the
-    networks are, else on the CPU, as ranking takes float64, which MPS has not."""
-    images = market.images[rows]
-    output = common.infer(networks.embed, images)
-    logits = None
-    if networks.predict is networks.embed:
-        logits = output.logits
-    elif networks.predict is not None:
-        logits = common.infer(networks.predict, images).logits
-    device = output.features.device if output.features.is_cuda else "cpu"
+def load_embedder(path, device="auto"):
+    """Load a checkpoint of reid.py: -> `Embedder`. UserError, a ValueError, says why it cannot be
+    used."""
+    return make_embedder(common.load_checkpoint(path, "reid"), par.choose_device(device))
+
+
+def embed(embedder, market, rows=slice(None)):
+    """Embed crops of a `common.Market`, and predict their attributes: -> `Crops`."""
+    features, log_p = embedder.describe(market.images[rows])
     return Crops(
-        output.features.to(device),
-        market.person_ids[rows].to(device),
-        market.camera_ids[rows].to(device),
-        None if logits is None else par.log_probabilities(logits).to(device),
+        features,
+        market.person_ids[rows].to(features.device),
+        market.camera_ids[rows].to(features.device),
+        log_p,
     )
 
 
@@ -828,7 +847,7 @@ def train(args, record, stage_1, market, split):
     }
 
     def validate():
-        crops = embed(Networks(model, None), market, validation)
+        crops = embed(Embedder(model, None, args.size), market, validation)
         across = score_selections(crops, None, EVERY, cross_camera=True)["none"]
         everywhere = score_selections(crops, None, EVERY, cross_camera=False)["none"]
         checkpoint["distances"] = distance_histograms(crops)
@@ -868,7 +887,7 @@ def check_cameras(market, validation):
 
 def finish(args, checkpoint, market, validation):
     """Score the best epoch on validation and draw figure 3: -> what the record says of it."""
-    crops = embed(load_networks(args, checkpoint), market, validation)
+    crops = embed(make_embedder(checkpoint, args.device), market, validation)
     scored = score_and_show(args, crops, None, args.hamming)
     calibration = calibrate(scored.curve, args.prior)
     draw_distances(args.out.with_suffix(".png"), scored.curve, calibration)
@@ -992,7 +1011,7 @@ def draw_distances(path, curve, calibration):
     par.write_picture(path, picture.reduce(2))
 
 
-def evaluate(args, networks, checkpoint, seconds):
+def evaluate(args, embedder, checkpoint, seconds):
     """Score a checkpoint on validation, by both protocols, and on the official test set, with the
     Hamming parameter tuned on validation."""
     with common.timed(seconds, "loading"):
@@ -1005,14 +1024,14 @@ def evaluate(args, networks, checkpoint, seconds):
     if len(real) == 0:
         raise UserError(f"{args.data / common.PARTS['gallery']} holds nothing but junk to rank.")
     with common.timed(seconds, "embedding"):
-        query = embed(networks, test_query)
-        gallery = embed(networks, test_gallery, real)
+        query = embed(embedder, test_query)
+        gallery = embed(embedder, test_gallery, real)
 
     hamming = args.hamming
     curve = None
     if len(validation) > 0:
         with common.timed(seconds, "embedding"):
-            crops = embed(networks, train_market, validation)
+            crops = embed(embedder, train_market, validation)
         with common.timed(seconds, "ranking"):
             scored = score_and_show(args, crops, None, hamming)
         hamming = scored.hamming
@@ -1064,7 +1083,7 @@ def draw_rankings(path, query, gallery, test_query, test_gallery, real, count):
     par.draw_sheet(path, rows)
 
 
-def export(args, networks, checkpoint, seconds):
+def export(args, embedder, checkpoint, seconds):
     """Write the test set's embeddings to --embed as NumPy arrays."""
     if args.embed.exists() and is_index(args.embed):
         raise UserError(
@@ -1074,8 +1093,7 @@ def export(args, networks, checkpoint, seconds):
     for name in ("query", "gallery"):
         with common.timed(seconds, "loading and embedding"):
             part = common.load_market(args.data, name, args.size, annotated=False)
-            crops = embed(Networks(networks.embed, None), part)
-        arrays[f"{name}_features"] = crops.features.cpu().numpy()
+            arrays[f"{name}_features"] = embedder(part.images).numpy()
         arrays[f"{name}_ids"] = part.person_ids.numpy()
         arrays[f"{name}_cameras"] = part.camera_ids.numpy()
         arrays[f"{name}_names"] = np.array(part.names)
@@ -1089,7 +1107,6 @@ def export(args, networks, checkpoint, seconds):
 # ------------------------------------------------------------------------------------------
 # The user's images.
 
-BLOCK = 2048  # crops that are read and embedded at once
 BLOCKS_PER_SAVE = 8  # after so many an index is saved
 
 
@@ -1190,7 +1207,7 @@ class Found(NamedTuple):
     crops: Crops
 
 
-def read_gallery(args, networks, checkpoint, seconds, path):
+def read_gallery(args, embedder, checkpoint, seconds, path):
     """Embed an image, or those in a folder, or read an index: -> `Found`."""
     if path.suffix == ".npz":
         index = Index(path, checkpoint)
@@ -1200,7 +1217,7 @@ def read_gallery(args, networks, checkpoint, seconds, path):
         features = index.arrays["features"]
         log_p = index.arrays["log_p"]
     else:
-        blocks = list(embed_blocks(args, networks, list_images(path), seconds))
+        blocks = list(embed_blocks(args, embedder, list_images(path), seconds))
         if not blocks:
             raise UserError(f"No image could be read from {path}.")
         files = []
@@ -1218,30 +1235,19 @@ def list_images(path):
     return [file for file in par.list_files([path]) if file.suffix != ".npz"]
 
 
-def embed_blocks(args, networks, files, seconds):
+def embed_blocks(args, embedder, files, seconds):
     """Embed files in blocks, in bounded memory: yields (the n files that could be read, features
     float32 [n, D], log-probabilities float32 [n, 41], or [n, 0] where no attributes are
-    predicted), arrays on the CPU. What cannot be read is named on stderr."""
-    begun = sum(seconds.values())
-    for start in range(0, len(files), BLOCK):
-        with common.timed(seconds, "reading"):
-            block = files[start : start + BLOCK]
-            images, read = common.read_crops(block, args.size, skip=True)
-        if not read:
-            continue
+    predicted), arrays on the CPU."""
+    for crops, read in par.read_blocks(files, args.size, seconds):
         with common.timed(seconds, "embedding"):
-            unknown = torch.zeros(len(read))
-            names = [str(file) for file in read]
-            crops = embed(networks, common.Market(images, unknown, unknown, unknown, names))
-        done = start + len(block)
-        left = (sum(seconds.values()) - begun) * (len(files) / done - 1) / 60
-        common.show_line(f"embedded {done} of {len(files)}, {left:.1f} minutes left")
-        log_p = crops.features[:, :0] if crops.log_p is None else crops.log_p
-        yield read, crops.features.cpu().numpy(), log_p.cpu().numpy()
-    common.show_line("")
+            features, log_p = embedder.describe(crops)
+        if log_p is None:
+            log_p = features[:, :0]
+        yield read, features.cpu().numpy(), log_p.cpu().numpy()
 
 
-def update_index(args, networks, checkpoint, seconds):
+def update_index(args, embedder, checkpoint, seconds):
     """Embed the crops in --gallery into the index --embed: what is new in the folder is embedded,
     what is known is kept, and what is not there any more is dropped."""
     home = args.embed.parent.resolve()
@@ -1261,7 +1267,7 @@ def update_index(args, networks, checkpoint, seconds):
 
     new = {file: entry for entry, file in files.items() if entry not in rows}
     dropped = len(rows.keys() - files.keys())
-    blocks = embed_blocks(args, networks, list(new), seconds)
+    blocks = embed_blocks(args, embedder, list(new), seconds)
     for number, (read, features, log_p) in enumerate(blocks, 1):
         entries = [new[file] for file in read]
         rows.update(zip(entries, zip(features, log_p)))
@@ -1301,11 +1307,11 @@ def describe_attributes(crops, row):
     return [f"{a} {names[c]}" for (a, names), c in zip(ATTRIBUTES.items(), classes[0].tolist())]
 
 
-def search(args, networks, checkpoint, seconds):
+def search(args, embedder, checkpoint, seconds):
     """List the --gallery crops that are nearest to each --search image, but for itself, and draw
     them: search.png."""
-    queries = read_gallery(args, networks, checkpoint, seconds, args.search)
-    gallery = read_gallery(args, networks, checkpoint, seconds, args.gallery)
+    queries = read_gallery(args, embedder, checkpoint, seconds, args.search)
+    gallery = read_gallery(args, embedder, checkpoint, seconds, args.gallery)
     curve = checkpoint.get("distances")
     calibration = None if curve is None else calibrate(curve, args.prior)
     rows = []
@@ -1373,16 +1379,16 @@ def parse_words(words):
     return list(asked.items())
 
 
-def find(args, networks, checkpoint, seconds):
+def find(args, embedder, checkpoint, seconds):
     """List the crops in --gallery by the probability of the classes that --find names, and draw
     them: find.png."""
     asked = parse_words(args.find)
-    if networks.predict is None:
+    if embedder.predictor is None:
         raise UserError(
             f"{args.eval} predicts no attributes to find by: train with --init, or with --recipe "
             "strong."
         )
-    gallery = read_gallery(args, networks, checkpoint, seconds, args.gallery)
+    gallery = read_gallery(args, embedder, checkpoint, seconds, args.gallery)
     columns = []
     for attribute, name in asked:
         before = list(ATTRIBUTES).index(attribute)
@@ -1642,17 +1648,17 @@ def use(args, checkpoint, seconds):
     function, written = choose_use(args)
     if written is not None:
         par.check_output(written, ".npz" if args.embed else ".png")
-    networks = load_networks(args, checkpoint)
+    embedder = make_embedder(checkpoint, args.device)
     if args.prior is not None and "distances" not in checkpoint:
         raise UserError(
             f"--prior has no effect here, as {args.eval} was trained on all identities, which "
             "leaves no crops to learn a probability from: leave it out."
         )
-    if args.hamming is not None and networks.predict is None:
+    if args.hamming is not None and embedder.predictor is None:
         raise UserError(
             f"--hamming has no effect here, as {args.eval} predicts no attributes: leave it out."
         )
-    function(args, networks, checkpoint, seconds)
+    function(args, embedder, checkpoint, seconds)
     par.say_seconds(seconds)
 
 

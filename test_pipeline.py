@@ -37,7 +37,6 @@ import reid
 from common import ATTRIBUTES, CLASS_COUNTS, UserError, torch_load
 
 HERE = Path(__file__).parent
-CPU = SimpleNamespace(device="cpu")  # all that loading a network asks of arguments
 SCRIPTS = {"par": par, "reid": reid}
 KILLS = int(os.environ.get("KILLS", 1))
 MUTATIONS = int(os.environ.get("MUTATIONS", 40))
@@ -2274,7 +2273,7 @@ def embedded(market, part, path):
     """A part of the data set, "query" or "gallery", by the checkpoint of stage 2 in file `path`, as
     `reid.Crops`."""
     data = common.load_market(market, part, (64, 32))
-    network = reid.load_networks(CPU, torch_load(path)).embed
+    network = reid.make_embedder(torch_load(path), "cpu").model
     features = common.infer(network, data.images).features
     return reid.Crops(features, data.person_ids, data.camera_ids)
 
@@ -2429,7 +2428,7 @@ def test_predictions_are_the_classes_and_probabilities_of_the_network(trained, m
     rows = list(csv.DictReader(out.splitlines()))
     paths = [*sorted(folder.iterdir()), crop]
     assert [row["file"] for row in rows] == list(map(str, paths))
-    model = par.load_network(CPU, torch_load(trained.par))
+    model = par.load_network(torch_load(trained.par), "cpu")
     crops, _ = common.read_crops(paths, (64, 32))
     logits = common.infer(model, crops).logits.split(CLASS_COUNTS, 1)
     for scores, (attribute, names) in zip(logits, ATTRIBUTES.items(), strict=True):
@@ -2500,8 +2499,37 @@ def test_predictions_are_drawn_sixty_as_a_sheet_and_twenty_as_maps(trained, mark
     assert maps.size == (13 * 166 + 8, 20 * (192 + 18 + 24) + 8)
 
 
+def test_predictions_are_written_block_after_block_until_they_are_stopped(
+    trained, market, run, monkeypatch
+):
+    monkeypatch.setattr(par, "BLOCK_PIXELS", 7 * 64 * 32)  # seven crops
+    command = ["--eval", trained.par, "--predict", market / "query", market / "bounding_box_test"]
+    whole, _ = run(par, *command)
+    with monkeypatch.context() as patch:
+        before_call(patch, common, "infer", 4)
+        stopped, _ = run(par, *command, code=130, error="stopped; --resume")
+    assert stopped.splitlines() == whole.splitlines()[: 1 + 3 * 7]
+
+
+def test_how_far_a_prediction_is_is_shown_and_cleared_before_lines_that_stay(
+    trained, market, run, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(common, "show_line", shown.append)
+    monkeypatch.setattr(par, "BLOCK_PIXELS", 4 * 64 * 32)
+    run(par, "--eval", trained.par, "--predict", market / "query")
+    told = [text for text in shown if text]
+    assert [text.split(",")[0] for text in told] == [
+        "4 of 10 images",
+        "8 of 10 images",
+        "10 of 10 images",
+    ]
+    assert told[-1] == "10 of 10 images, 0:00 left"
+    assert shown[0] == shown[-1] == ""
+
+
 def test_an_activation_map_averages_to_the_logit_without_its_bias(trained, market):
-    model = par.load_network(CPU, torch_load(trained.par))
+    model = par.load_network(torch_load(trained.par), "cpu")
     crops = common.load_market(market, "query", (64, 32)).images
     classes, _ = par.predict(model, crops)
     maps = par.activation_maps(model, crops, classes)
@@ -2513,11 +2541,83 @@ def test_an_activation_map_averages_to_the_logit_without_its_bias(trained, marke
 
 
 def test_a_network_that_gives_nan_is_told_to_have_diverged(trained, market):
-    model = par.load_network(CPU, torch_load(trained.par))
+    model = par.load_network(torch_load(trained.par), "cpu")
     model.heads[3][1].bias.data.fill_(math.nan)
     crops = common.load_market(market, "query", (64, 32)).images
     with pytest.raises(UserError, match="holds NaN or infinity: its training diverged"):
         common.infer(model, crops)
+
+
+# From Python.
+
+
+def test_a_recogniser_gives_what_is_predicted(trained, market, run):
+    crops = common.load_market(market, "query", (64, 32)).images
+    classes, probabilities = par.load_recogniser(trained.par)(crops)
+    assert classes.dtype == torch.int64
+    assert probabilities.dtype == torch.float32
+    out, _ = run(par, "--eval", trained.par, "--predict", market / "query")
+    for row, codes, sure in zip(csv.DictReader(out.splitlines()), classes, probabilities):
+        for k, (attribute, names) in enumerate(ATTRIBUTES.items()):
+            assert row[attribute] == names[codes[k]]
+            assert row[f"{attribute}_probability"] == f"{sure[k]:.3f}"
+
+
+def test_a_recogniser_takes_a_checkpoint_of_stage_2(trained, market):
+    crops = common.load_market(market, "query", (64, 32)).images
+    classes, _ = par.load_recogniser(trained.reid, "cpu")(crops)
+    assert torch.equal(classes, par.load_recogniser(trained.par, "cpu")(crops)[0])
+
+
+def test_an_embedder_gives_what_is_exported(trained, market, tmp_path, run):
+    crops = common.load_market(market, "query", (64, 32)).images
+    features = reid.load_embedder(trained.reid)(crops)
+    assert features.dtype == torch.float32
+    assert features.device.type == "cpu"
+    run(reid, "--eval", trained.reid, "--embed", tmp_path / "f.npz")
+    with np.load(tmp_path / "f.npz") as arrays:
+        assert np.array_equal(features.numpy(), arrays["query_features"])
+
+
+def test_crops_of_any_size_are_brought_to_the_networks_as_files_are(trained, market):
+    crops = common.load_market(market, "query", (128, 64)).images
+    small = common.load_market(market, "query", (64, 32)).images
+    resized = common.resize_crops(crops, (64, 32))
+    assert (resized.int() - small.int()).abs().max() <= 1
+    embedder = reid.load_embedder(trained.reid)
+    assert torch.equal(embedder(crops), embedder(resized))
+    recogniser = par.load_recogniser(trained.par)
+    assert torch.equal(recogniser(crops)[1], recogniser(resized)[1])
+
+
+@pytest.mark.parametrize("size", [(64, 32), (200, 100)])
+def test_of_no_crops_there_are_no_features_and_no_attributes(size, trained):
+    crops = torch.zeros(0, 3, *size, dtype=torch.uint8)
+    assert reid.load_embedder(trained.reid)(crops).shape == (0, 120)
+    classes, probabilities = par.load_recogniser(trained.par)(crops)
+    assert classes.shape == probabilities.shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    "crops",
+    [
+        np.zeros((2, 3, 64, 32), np.uint8),
+        torch.zeros(2, 3, 64, 32),
+        torch.zeros(3, 64, 32, dtype=torch.uint8),
+        torch.zeros(2, 64, 32, 3, dtype=torch.uint8),
+    ],
+    ids=["array", "float", "one crop", "channels last"],
+)
+def test_what_is_no_crops_is_refused_in_a_sentence(crops, trained):
+    with pytest.raises(UserError, match="Crops have to be a uint8 tensor"):
+        reid.load_embedder(trained.reid)(crops)
+    with pytest.raises(UserError, match="Crops have to be a uint8 tensor"):
+        par.load_recogniser(trained.par)(crops)
+
+
+def test_a_network_of_the_other_stage_is_no_embedder(trained):
+    with pytest.raises(UserError, match="is a checkpoint of par.py; one of reid.py is needed"):
+        reid.load_embedder(trained.par)
 
 
 # Stage 2: the test set.
@@ -2649,7 +2749,7 @@ def test_search_tells_how_sure_it_is_and_counts_the_same_attributes(trained, mar
     checkpoint = torch_load(trained.reid)
     calibration = reid.calibrate(checkpoint["distances"])
     images = common.load_market(market, "query", (64, 32))
-    classes, _ = par.predict(reid.load_networks(CPU, checkpoint).predict, images.images)
+    classes, _ = par.predict(reid.make_embedder(checkpoint, "cpu").predictor, images.images)
     for q, rows in enumerate(tables):
         for row in rows:
             expected = 100 * calibration.probability(float(row[1]))
@@ -2675,7 +2775,7 @@ def test_finding_ranks_by_the_product_of_the_probabilities(trained, market, tmp_
     out, _ = run(reid, *command, "--find", "gender=female", "upcolor=red")
 
     images = common.load_market(market, "query", (64, 32))
-    network = reid.load_networks(CPU, torch_load(trained.reid)).predict
+    network = reid.make_embedder(torch_load(trained.reid), "cpu").predictor
     logits = common.infer(network, images.images).logits.split(CLASS_COUNTS, 1)
     female = logits[1].softmax(1)[:, 1]
     red = logits[10].softmax(1)[:, 2]
@@ -2707,15 +2807,15 @@ def shelf(market, tmp_path, monkeypatch):
     for k in range(8):
         (folder / f"-{k}.txt").write_text("no image")
 
-    embed = reid.embed
+    describe = reid.Embedder.describe
     counts = []
 
-    def watched(networks, market, *rest):
-        counts.append(len(market.names))
-        return embed(networks, market, *rest)
+    def watched(embedder, crops):
+        counts.append(len(crops))
+        return describe(embedder, crops)
 
-    monkeypatch.setattr(reid, "embed", watched)
-    monkeypatch.setattr(reid, "BLOCK", 4)
+    monkeypatch.setattr(reid.Embedder, "describe", watched)
+    monkeypatch.setattr(par, "BLOCK_PIXELS", 4 * 64 * 32)
     monkeypatch.setattr(reid, "BLOCKS_PER_SAVE", 2)
     return SimpleNamespace(
         home=home, folder=folder, index=home / "i.npz", names=names, counts=counts
@@ -2864,7 +2964,7 @@ def test_a_strong_stage_1_is_scored_and_predicts(without, strong, market, tmp_pa
     out, _ = run(par, "--eval", path, "--predict", market / "query")
     rows = list(csv.DictReader(out.splitlines()))
     images = common.load_market(market, "query", (32, 32)).images
-    classes, _ = par.predict(par.load_network(CPU, torch_load(path)), images)
+    classes, _ = par.predict(par.load_network(torch_load(path), "cpu"), images)
     for k, (attribute, names) in enumerate(ATTRIBUTES.items()):
         assert [row[attribute] for row in rows] == [names[c] for c in classes[:, k].tolist()]
 
@@ -2886,14 +2986,14 @@ def test_a_strong_stage_2_begins_with_all_weights_of_stage_1(strong):
 def test_a_strong_stage_2_predicts_attributes_itself(strong):
     checkpoint = torch_load(strong.reid)
     assert checkpoint["stage 1"] is None
-    networks = reid.load_networks(CPU, checkpoint)
-    assert networks.predict is networks.embed
+    embedder = reid.make_embedder(checkpoint, "cpu")
+    assert embedder.predictor is embedder.model
 
 
 def test_the_reports_stage_2_keeps_the_stride_of_a_strong_stage_1(strong, tmp_path, run):
     run(reid, *QUICK, "--init", strong.par)
-    networks = reid.load_networks(CPU, torch_load(tmp_path / "o.pt"))
-    assert networks.embed.backbone.net[-1][0].conv1.stride == 1
+    embedder = reid.make_embedder(torch_load(tmp_path / "o.pt"), "cpu")
+    assert embedder.model.backbone.net[-1][0].conv1.stride == 1
     record = record_of(tmp_path / "o.pt")
     # It is scored as it was validated.
     final = record["final"]["validation"]["across cameras"]["none"]
@@ -2904,10 +3004,10 @@ def test_reranking_is_scored_beside_the_selections(strong, market, run):
     out, _ = run(reid, "--eval", strong.reid, "--rerank")
     rows = {row[0]: row[1:] for row in table_of(out, ", test set, ")}
 
-    networks = reid.load_networks(CPU, torch_load(strong.reid))
-    query = reid.embed(networks, common.load_market(market, "query", (32, 32)))
+    embedder = reid.make_embedder(torch_load(strong.reid), "cpu")
+    query = reid.embed(embedder, common.load_market(market, "query", (32, 32)))
     data = common.load_market(market, "gallery", (32, 32))
-    gallery = reid.embed(networks, data, data.person_ids >= 0)
+    gallery = reid.embed(embedder, data, data.person_ids >= 0)
     chunks = reid.rerank_chunks(query.features, gallery.features, 20, 6, 0.3)
     distances = torch.cat([part for _, part in chunks])
     expected = brute_force(
@@ -4147,7 +4247,13 @@ def test_crops_that_cannot_be_read_are_named_five_and_how_many_more(root, run):
     crops = crops_of(root)[:12]
     for crop in crops:
         crop.write_bytes(b"")
-    run(par, "--data", root, *QUICK, error=f"Cannot read 12 of 60 crops: {crops[0]} is not a readable")
+    run(
+        par,
+        "--data",
+        root,
+        *QUICK,
+        error=f"Cannot read 12 of 60 crops: {crops[0]} is not a readable",
+    )
     check_training_is_refused(
         run, root, "and 7 more. Replace them or move them out of their folder."
     )
