@@ -270,6 +270,7 @@ class Crops:
     ids: torch.Tensor | None = None  # int64 [N]
     cameras: torch.Tensor | None = None  # int64 [N]
     log_p: torch.Tensor | None = None  # float32 [N, 41], log-probabilities of all classes
+    itself: torch.Tensor | None = None  # int64 [N], of queries: their place in the gallery, or -1
 
     @property
     def attributes(self):
@@ -459,7 +460,16 @@ def distance_chunks(query, gallery=None):
         distances.add_(part.square().sum(1, keepdim=True)).clamp_(min=0).sqrt_()
         if others:
             distances.diagonal(rows.start).fill_(torch.inf)
+        leave_out_itself(distances, query, rows)
         yield rows, distances
+
+
+def leave_out_itself(distances, query, rows):
+    """Set the distances [C, G] of queries to themselves, where the gallery holds them, to +inf."""
+    if query.itself is not None:
+        place = query.itself[rows]
+        held = (place >= 0).nonzero()[:, 0]
+        distances[held, place[held]] = torch.inf
 
 
 def score_queries(query, gallery, selections, cross_camera, chunks=None):
@@ -477,6 +487,7 @@ def score_queries(query, gallery, selections, cross_camera, chunks=None):
     if chunks is None:
         chunks = distance_chunks(query, gallery)
     for rows, distances in chunks:
+        leave_out_itself(distances, query, rows)  # as other distances' chunks may hold it
         if ours is not None:
             differing = len(ATTRIBUTES) - ours[rows] @ theirs.T  # [C, G]
         for name, selection in selections.items():
@@ -613,27 +624,47 @@ def jaccard_distances(own, by_member):
 
 
 def distance_histograms(query, gallery=None, bins=1000):
-    """How distances lie: a dict of edges [bins + 1]; how many pairs of two cameras are in each bin,
-    [bins], matches (of one identity) and others (of two); and the mean of all pairs, the threshold
-    of [report] section 4.2.1."""
+    """How distances lie: a dict of edges [bins + 1]; how many pairs are in each bin, [bins],
+    matches (of one identity) and others (of two); and the mean of all pairs, the threshold of
+    [report] section 4.2.1.
+
+    Counted are pairs of two cameras. Where these hold no match, as with one camera, all pairs are
+    counted, and "cross_camera" is False."""
     shown = query if gallery is None else gallery
     top = 1e-6
-    for _, distances in distance_chunks(query, gallery):
+    cross_camera = False
+    for rows, distances in distance_chunks(query, gallery):
         top = max(top, distances[distances.isfinite()].max().item())
+        same = shown.ids == query.ids[rows, None]
+        across = shown.cameras != query.cameras[rows, None]
+        cross_camera = cross_camera or bool((same & across).any())
 
     matches = torch.zeros(bins, dtype=torch.float64)
     others = torch.zeros(bins, dtype=torch.float64)
     total = 0
+    pairs = 0
     for rows, distances in distance_chunks(query, gallery):
+        finite = distances.isfinite()
         same = shown.ids == query.ids[rows, None]
-        across = shown.cameras != query.cameras[rows, None]
-        matches += torch.histc(distances[same & across], bins, 0, top).cpu()
-        others += torch.histc(distances[~same & across], bins, 0, top).cpu()
-        finite = distances.masked_fill_(distances.isposinf(), 0)
-        total += finite.sum(dtype=torch.float64).item()
-    pairs = len(query.ids) * (len(shown.ids) - (gallery is None))
-    edges = torch.linspace(0, top, bins + 1, dtype=torch.float64)
-    return {"edges": edges, "matches": matches, "others": others, "mean": total / pairs}
+        counted = finite
+        if cross_camera:
+            counted = shown.cameras != query.cameras[rows, None]
+        matches += torch.histc(distances[same & counted], bins, 0, top).cpu()
+        others += torch.histc(distances[~same & counted], bins, 0, top).cpu()
+        total += distances.masked_fill_(~finite, 0).sum(dtype=torch.float64).item()
+        pairs += finite.sum().item()
+    return {
+        "edges": torch.linspace(0, top, bins + 1, dtype=torch.float64),
+        "matches": matches,
+        "others": others,
+        "mean": total / pairs,
+        "cross_camera": cross_camera,
+    }
+
+
+def describe_pairs(curve):
+    """Which pairs a curve, as of `distance_histograms`, counts."""
+    return "pairs across cameras" if curve["cross_camera"] else "pairs"
 
 
 class Calibration(NamedTuple):
@@ -702,7 +733,7 @@ def show_calibration(title, calibration, found, prior):
         percent = 100 / count if count > 0 else np.nan
         rows.append([name, f"{count:.0f}", percent * mean, percent * match])
     par.print_table(
-        f"Probability of the same person: {title}, across cameras (%)",
+        f"Probability of the same person: {title}, {describe_pairs(found)} (%)",
         ["promised", "pairs", "mean", "match"],
         rows,
     )
@@ -827,7 +858,7 @@ def train(args, record, stage_1, market, split):
     cameras") -> of selection; None without validation."""
     rows, validation = [which.nonzero()[:, 0] for which in split]
     record = copy.deepcopy(record)
-    check_cameras(market, validation)
+    check_matches(market, validation)
     state = None
     if stage_1 is None:
         state = par.backbone_weights(args)
@@ -848,9 +879,11 @@ def train(args, record, stage_1, market, split):
 
     def validate():
         crops = embed(Embedder(model, None, args.size), market, validation)
-        across = score_selections(crops, None, EVERY, cross_camera=True)["none"]
+        curve = checkpoint["distances"] = distance_histograms(crops)
         everywhere = score_selections(crops, None, EVERY, cross_camera=False)["none"]
-        checkpoint["distances"] = distance_histograms(crops)
+        if not curve["cross_camera"]:
+            return {"mAP": everywhere["mAP"], "rank1": everywhere["rank1"]}
+        across = score_selections(crops, None, EVERY, cross_camera=True)["none"]
         return {
             "mAP": across["mAP"],
             "rank1": across["rank1"],
@@ -874,14 +907,13 @@ def train(args, record, stage_1, market, split):
     return record["final"].get("validation")
 
 
-def check_cameras(market, validation):
-    """UserError where there are validation crops, and none of one identity from two cameras."""
-    seen = torch.stack([market.person_ids, market.camera_ids], 1)[validation].unique(dim=0)
-    identities = seen[:, 0]  # once for each camera
-    if len(validation) > 0 and len(identities) == len(identities.unique()):
+def check_matches(market, validation):
+    """UserError where there are validation crops, and no two of one identity."""
+    counts = market.person_ids[validation].unique(return_counts=True)[1]
+    if len(counts) > 0 and counts.max() < 2:
         raise UserError(
-            "No validation identity is seen by two cameras, so there is no match across cameras to "
-            "score."
+            "No validation identity has two crops, so there is no match to score: train on all by "
+            "--identities all, or give more crops of each."
         )
 
 
@@ -893,7 +925,7 @@ def finish(args, checkpoint, market, validation):
     draw_distances(args.out.with_suffix(".png"), scored.curve, calibration)
     print(
         f"same person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
-        f"{100 * calibration.share:.3g} % of the pairs across cameras match"
+        f"{100 * calibration.share:.3g} % of the {describe_pairs(scored.curve)} match"
     )
     return {
         "validation": scored.results,
@@ -923,15 +955,15 @@ def score_and_show(args, query, gallery, hamming):
     """Print a table of every selection: -> `Scored`.
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ,
-    or by both. Its protocol, all cameras, is scored only where each query ranks all others, gallery
-    None. A Hamming parameter of None is tuned on these crops, across cameras, if attributes are
-    predicted. With --rerank, a row for that."""
+    or by both. Its protocol, all cameras, is scored where each query ranks all others, gallery
+    None; also as "within cameras", where no identity is seen by two of them. A Hamming parameter of None is tuned on these crops, across cameras if there are two, if
+    attributes are predicted. With --rerank, a row for that."""
     curve = distance_histograms(query, gallery)
     threshold = curve["mean"] if args.threshold == "mean" else args.threshold
     selections = EVERY | {"threshold": Selection(below=threshold)}
     if query.log_p is not None:
         if hamming is None:
-            hamming = tune_hamming(query, gallery)
+            hamming = tune_hamming(query, gallery, curve["cross_camera"])
         selections["hamming"] = Selection(differing=hamming)
         selections["both"] = Selection(threshold, hamming)
 
@@ -939,7 +971,9 @@ def score_and_show(args, query, gallery, hamming):
     protocols = {"all cameras": False, "across cameras": True}
     if gallery is not None:
         crops = f"test set, {len(gallery.ids)} gallery"
-        del protocols["all cameras"]
+        protocols = {"across cameras": True}
+    if not curve["cross_camera"]:
+        protocols = {"within cameras": False}
     results = {}
     for protocol, cross_camera in protocols.items():
         scores = score_selections(query, gallery, selections, cross_camera)
@@ -950,6 +984,8 @@ def score_and_show(args, query, gallery, hamming):
             scores["re-ranked"] = reranked["none"]
         results[protocol] = scores
         title = f"{args.eval or args.out}, {crops} crops, {protocol}"
+        if not curve["cross_camera"]:
+            title += ", as no identity is seen by two"
         show_scores(f"{title}: {scores['none']['queries']} queries (%)", scores)
 
     said = f"threshold: distance < {threshold:.3f}"
@@ -963,10 +999,10 @@ def score_and_show(args, query, gallery, hamming):
     return Scored(results, threshold, hamming, curve)
 
 
-def tune_hamming(query, gallery):
-    """The Hamming parameter of the highest mAP across cameras; of equal ones the smallest."""
+def tune_hamming(query, gallery, cross_camera):
+    """The Hamming parameter of the highest mAP; of equal ones the smallest."""
     tries = {k: Selection(differing=k) for k in range(len(ATTRIBUTES) + 1)}
-    scores = score_selections(query, gallery, tries, cross_camera=True)
+    scores = score_selections(query, gallery, tries, cross_camera)
     return max(scores, key=lambda k: scores[k]["mAP"])
 
 
@@ -980,8 +1016,9 @@ def show_scores(title, scores):
 
 
 def draw_distances(path, curve, calibration):
-    """[report] figure 3: how the distances of matches lie within those of all pairs across cameras,
-    in % of each; and the probability of the same person, from 0 to 100 % over the height."""
+    """[report] figure 3: how the distances of matches lie within those of all pairs that the curve
+    counts, in % of each; and the probability of the same person, from 0 to 100 % over the
+    height."""
     middles = curve["edges"][5::10]
     end = curve["edges"][-1].item()
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
@@ -995,7 +1032,7 @@ def draw_distances(path, curve, calibration):
     font = ImageFont.load_default(40)
     picture = Image.new("RGB", (2240, 1240), "white")  # twice as large, to be reduced
     pen = ImageDraw.Draw(picture)
-    pen.text((40, 60), "Figure 3: validation pairs across cameras", par.INK, font, "lm")
+    pen.text((40, 60), f"Figure 3: validation {describe_pairs(curve)}", par.INK, font, "lm")
     for k in (0, 0.25, 0.5, 0.75, 1):
         x = 140 + 1940 * k
         y = 1140 - 990 * k
@@ -1026,6 +1063,9 @@ def evaluate(args, embedder, checkpoint, seconds):
     with common.timed(seconds, "embedding"):
         query = embed(embedder, test_query)
         gallery = embed(embedder, test_gallery, real)
+    places = {test_gallery.names[row]: place for place, row in enumerate(real.tolist())}
+    itself = torch.tensor([places.get(name, -1) for name in test_query.names])
+    query.itself = itself.to(query.ids.device)
 
     hamming = args.hamming
     curve = None
@@ -1048,13 +1088,15 @@ def evaluate(args, embedder, checkpoint, seconds):
         show_calibration("test set", calibrate(curve, args.prior), scored.curve, args.prior)
     if args.show:
         path = args.out.with_name("show.png")
-        draw_rankings(path, query, gallery, test_query, test_gallery, real, args.show)
+        cross_camera = scored.curve["cross_camera"]
+        ranked = [query, gallery, test_query, test_gallery, real]
+        draw_rankings(path, *ranked, cross_camera, args.show)
 
 
-def draw_rankings(path, query, gallery, test_query, test_gallery, real, count):
+def draw_rankings(path, query, gallery, test_query, test_gallery, real, cross_camera, count):
     """Draw `count` queries of the test set, spread from the highest AP to the lowest, and what is
     nearest to each. real: the rows of the test gallery that `gallery` holds."""
-    scores = score_queries(query, gallery, EVERY, cross_camera=True)["none"]
+    scores = score_queries(query, gallery, EVERY, cross_camera)["none"]
     precision = scores[METRICS.index("mAP")]
     scored = int((scores[METRICS.index("matches")] > 0).sum())
     best_first = precision.nan_to_num(-1).argsort(descending=True)[:scored]
@@ -1062,8 +1104,10 @@ def draw_rankings(path, query, gallery, test_query, test_gallery, real, count):
     picked = best_first[spread.to(best_first.device)]
     distances = torch.cdist(query.features[picked], gallery.features)
     match = gallery.ids == query.ids[picked, None]
-    own_camera = gallery.cameras == query.cameras[picked, None]
-    distances[match & own_camera] = torch.inf
+    if cross_camera:
+        own_camera = gallery.cameras == query.cameras[picked, None]
+        distances[match & own_camera] = torch.inf
+    leave_out_itself(distances, query, picked)
     nearest = distances.topk(min(10, len(real)), largest=False)
 
     rows = []
@@ -1327,7 +1371,7 @@ def search(args, embedder, checkpoint, seconds):
         source = "as on validation" if args.prior is None else "as --prior says"
         print(
             f"\nSame person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
-            f"{100 * calibration.share:.3g} % of the pairs across cameras match, {source}."
+            f"{100 * calibration.share:.3g} % of the {describe_pairs(curve)} match, {source}."
         )
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
 
