@@ -875,6 +875,7 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
         write_record(args.out, earlier)
         save_checkpoint(args.out, state)
 
+    checkpoint["seen"] = state.get("seen", [])  # as the file of --weights may have gone since
     record |= {k: earlier[k] for k in ("run", "metrics", "epochs", "best epoch", "seconds")}
     training_step.model.load_state_dict(state["model"])
     training_step.loss.load_state_dict(training["loss"])
@@ -955,7 +956,7 @@ def write_whole(path, write):
 
 
 # Of checkpoints: the number goes up when they change, and weights and classes must mean the same.
-VERSION = [4, make_resnet.__name__, list(ATTRIBUTES.items())]
+VERSION = [5, make_resnet.__name__, list(ATTRIBUTES.items())]
 
 
 def save_checkpoint(path, checkpoint):

@@ -174,19 +174,26 @@ def make_backbone(settings, state=None):
     return common.Backbone(state, last_stride=1 if "stride" in settings["rungs"] else 2)
 
 
-def backbone_weights(args):
-    """State dict for `common.Backbone`: ImageNet's, downloaded once, or a file's. None: random
-    weights, or those of a run that resumes."""
+def starting_weights(args):
+    """What --weights names: -> (state dict for `common.Backbone`, which data sets it was trained
+    on, as `describe_split` lists them). The state is None for random weights, or where a run
+    resumes."""
     resumes = args.resume and args.out.with_suffix(".last").exists()
     if args.weights == "none" or resumes:
-        return None
+        return None, []
     if args.weights == "imagenet":
-        return download_imagenet_weights()
+        return download_imagenet_weights(), []
 
+    network = common.make_resnet()
     state = common.torch_load(args.weights)
-    expected = common.make_resnet().state_dict()
-    if not isinstance(state, dict):
+    seen = []
+    if isinstance(state, dict) and "version" in state:
+        checkpoint = common.load_checkpoint(args.weights, "par", "reid")
+        seen = checkpoint["seen"]
+        state = name_layers(checkpoint["model"], network)
+    elif not isinstance(state, dict):
         state = {}
+    expected = network.state_dict()
     needed = {}
     for name, tensor in expected.items():
         # A file's classes are not ours, and published files are older than num_batches_tracked.
@@ -194,9 +201,23 @@ def backbone_weights(args):
             continue
         needed[name] = state.get(name)
         if getattr(needed[name], "shape", None) != tensor.shape:
-            network = common.make_resnet.__name__
-            raise UserError(f"{args.weights} is not a state dict of torchvision's {network}.")
-    return expected | needed
+            raise UserError(
+                f"{args.weights} is neither a checkpoint of par.py or reid.py nor a state dict of "
+                f"torchvision's {common.make_resnet.__name__}."
+            )
+    return expected | needed, seen
+
+
+def name_layers(model, network):
+    """The backbone's weights in a model's state dict, by the names that torchvision's network has
+    for its layers: `common.Backbone` counts them."""
+    layers = [name for name, _ in network.named_children()]
+    state = {}
+    for name, tensor in model.items():
+        match = re.fullmatch(r"backbone\.net\.(\d+)\.(.+)", name)
+        if match is not None:
+            state[f"{layers[int(match[1])]}.{match[2]}"] = tensor
+    return state
 
 
 def download_imagenet_weights():
@@ -370,13 +391,13 @@ def activation_maps(model, crops, classes):
         return model.heads.locate(maps, classes.to(device)).cpu()
 
 
-def score_and_show(title, model, market, rows, training_labels):
+def score_and_show(title, model, market, rows, commonest):
     """Score `rows` of a `Market` and print that, beside naming each attribute's commonest class in
-    training: -> dict of name -> dict of attribute, or "global" for their mean -> fraction."""
+    training, int64 [12]: -> dict of name -> dict of attribute, or "global" for their mean ->
+    fraction."""
     labels = market.labels[rows]
     predicted, _ = predict(model, market.images, rows)
     accuracy, f1 = score(predicted, labels)
-    commonest = torch.stack([counts.argmax() for counts in class_counts(training_labels)])
     common_accuracy, common_f1 = score(commonest.expand_as(labels), labels)
     columns = {
         "accuracy": accuracy,
@@ -502,25 +523,82 @@ def load_train(args, annotated=True):
     return market
 
 
-def saved_split(checkpoint, person_ids, path):
-    """The split kept in a checkpoint, over the crops of `person_ids`: (train [N] bool, validation
-    [N] bool)."""
+def describe_split(market, rows, validation, seen):
+    """What a checkpoint says of the data that it is trained on, `rows` of a `Market`, and validated
+    on, other rows.
+
+    seen: which data sets the weights that it starts from were trained on, a list of dicts: "names",
+    of the whole train set's crops, and "train_ids"; this one is added."""
+    train_ids = market.person_ids[rows].unique()
+    counts = class_counts(market.labels[rows])
+    return {
+        "train_ids": train_ids,
+        "validation_ids": market.person_ids[validation].unique(),
+        "commonest": torch.stack([count.argmax() for count in counts]),
+        "seen": [*seen, {"names": market.names, "train_ids": train_ids}],
+    }
+
+
+def is_same_data(names, others):
+    """Whether two lists of crops' names are of one data set: by more than half of the shorter list.
+    Identities tell nothing, as everyone's have the same numbers, and formats can be changed."""
+    ours = {Path(name).stem for name in names}
+    theirs = {Path(name).stem for name in others}
+    return 2 * len(ours & theirs) > min(len(ours), len(theirs))
+
+
+def check_unseen(seen, market, validation, source):
+    """UserError if weights, from the file `source`, were trained on people to validate on; seen: as
+    of `describe_split`."""
+    people = market.person_ids[validation]
+    for data in seen:
+        trained_on = torch.isin(people, data["train_ids"]).any()
+        if trained_on and is_same_data(data["names"], market.names):
+            raise UserError(
+                f"{source} was trained on people of this data set that would be validated on. To "
+                "go on with the same people pass reid.py --init FILE, a checkpoint of par.py, "
+                "which keeps its split; --weights FILE is for others."
+            )
+
+
+def saved_split(checkpoint, market, path):
+    """The split kept in a checkpoint, over a `Market`: (train [N] bool, validation [N] bool)."""
     train = checkpoint["train_ids"]
     validation = checkpoint["validation_ids"]
-    if not torch.equal(torch.cat([train, validation]).sort()[0], person_ids.unique()):
+    known = torch.cat([train, validation]).sort()[0]
+    same_data = is_same_data(checkpoint["seen"][-1]["names"], market.names)
+    if not same_data or not torch.equal(known, market.person_ids.unique()):
         raise UserError(
-            f"{path} was trained on other identities than this data set's: pass its --data."
+            f"{path} was trained on another data set: pass its --data or, to go on with other "
+            f"people, --weights {path} instead."
         )
-    return torch.isin(person_ids, train), torch.isin(person_ids, validation)
+    return torch.isin(market.person_ids, train), torch.isin(market.person_ids, validation)
+
+
+def load_validation(args, checkpoint, annotated=True):
+    """What a checkpoint was validated on: -> (the train set of --data, int64 [n] rows of it);
+    without rows, and maybe without a train set, where that is not the one it was trained on."""
+    names = common.list_crops(args.data, "train")
+    if not is_same_data(checkpoint["seen"][-1]["names"], names):
+        print(
+            f"\n{args.data} does not hold the train set of {args.eval}: there is no validation, "
+            "but only its test set."
+        )
+        return None, torch.zeros(0, dtype=torch.int64)
+    market = load_train(args, annotated)
+    validation = torch.isin(market.person_ids, checkpoint["validation_ids"])
+    return market, validation.nonzero()[:, 0]
 
 
 def train(args, record, market, split):
     """Train with args.loss, write checkpoint and record: -> as `score_and_show`, on validation."""
     rows, validation = [which.nonzero()[:, 0] for which in split]
-    train_ids, validation_ids = [market.person_ids[which].unique() for which in split]
-    state = backbone_weights(args)
+    state, seen = starting_weights(args)
+    check_unseen(seen, market, validation, args.weights)
+    known = describe_split(market, rows, validation, seen)
+    people = len(known["train_ids"])
     torch.manual_seed(args.seed)  # the same start for each loss
-    model = make_network(vars(args), identities=len(train_ids), state=state).to(args.device)
+    model = make_network(vars(args), identities=people, state=state).to(args.device)
     loss = RecognitionLoss(args, market, rows)
 
     def sample_epoch(generator):  # each crop once
@@ -533,18 +611,13 @@ def train(args, record, market, split):
 
     print(
         f"\n{LOSSES[args.loss][0]}: {len(rows)} training and {len(validation)} validation crops of "
-        f"{len(train_ids)} and {len(validation_ids)} identities"
+        f"{people} and {len(known['validation_ids'])} identities"
     )
-    checkpoint = {
-        "kind": "par",
-        "record": copy.deepcopy(record),
-        "train_ids": train_ids,
-        "validation_ids": validation_ids,
-    }
+    checkpoint = {"kind": "par", "record": copy.deepcopy(record), **known}
     record = common.fit(model, market.images, sample_epoch, loss, validate, args, checkpoint)
     with common.timed(record["seconds"], "scoring"):
         title = f"{args.out} on validation (%)"
-        scores = score_and_show(title, model, market, validation, market.labels[rows])
+        scores = score_and_show(title, model, market, validation, known["commonest"])
     rounded = {}
     for name, values in scores.items():
         rounded[name] = {attribute: round(value, 4) for attribute, value in values.items()}
@@ -611,20 +684,20 @@ def evaluate(args, record, checkpoint):
     model = load_network(checkpoint, args.device)
     seconds = record["seconds"]
     with common.timed(seconds, "loading"):
-        market = load_train(args)
+        market, validation = load_validation(args, checkpoint)
         test = common.load_market(args.data, "gallery", args.size)
-    training, validation = saved_split(checkpoint, market.person_ids, args.eval)
-    annotated = (test.labels >= 0).all(1)
+    annotated = (test.labels >= 0).all(1).nonzero()[:, 0]
+    if len(validation) == len(annotated) == 0:
+        raise UserError(f"{args.data} holds no annotated crops to score but those trained on.")
 
-    for name, part, chosen in (("validation", market, validation), ("test", test, annotated)):
-        rows = chosen.nonzero()[:, 0]
+    for name, part, rows in (("validation", market, validation), ("test", test, annotated)):
         if len(rows) == 0:
             print(f"\nNo {name} crops are annotated, or all were trained on: not scored.")
             continue
-        people = len(part.person_ids[chosen].unique())
+        people = len(part.person_ids[rows].unique())
         title = f"{args.eval} on {len(rows)} {name} crops of {people} identities (%)"
         with common.timed(seconds, "scoring"):
-            score_and_show(title, model, part, rows, market.labels[training])
+            score_and_show(title, model, part, rows, checkpoint["commonest"])
     say_seconds(seconds)
 
 
@@ -874,8 +947,8 @@ def recipe_flags(group, defaults, rungs):
     group.add_argument(
         "--weights",
         metavar="W",
-        help="start from imagenet, none or a FILE of torchvision's ResNet18 (imagenet; for the "
-        "demo set: none)",
+        help="start from imagenet, none or a FILE: of torchvision's ResNet18, or a checkpoint of "
+        "these scripts, to go on with other people (imagenet; for the demo set: none)",
     )
     group.add_argument(
         "--warmup",

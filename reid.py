@@ -861,7 +861,10 @@ def train(args, record, stage_1, market, split):
     check_matches(market, validation)
     state = None
     if stage_1 is None:
-        state = par.backbone_weights(args)
+        state, seen = par.starting_weights(args)
+        par.check_unseen(seen, market, validation, args.weights)
+    else:
+        seen = stage_1["seen"]
     torch.manual_seed(args.seed)
     recipe = strong_recipe if args.recipe == "strong" else report_recipe
     with common.timed(record["seconds"], "preparing"):
@@ -873,8 +876,7 @@ def train(args, record, stage_1, market, split):
         "kind": "reid",
         "record": record,
         "stage 1": None if "attributes" in args.rungs else stage_1,
-        "train_ids": market.person_ids[rows].unique(),
-        "validation_ids": market.person_ids[validation].unique(),
+        **par.describe_split(market, rows, validation, seen),
     }
 
     def validate():
@@ -956,8 +958,8 @@ def score_and_show(args, query, gallery, hamming):
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ,
     or by both. Its protocol, all cameras, is scored where each query ranks all others, gallery
-    None; also as "within cameras", where no identity is seen by two of them. A Hamming parameter of None is tuned on these crops, across cameras if there are two, if
-    attributes are predicted. With --rerank, a row for that."""
+    None; also as "within cameras", where no identity is seen by two of them. A Hamming parameter of
+    None is tuned on these crops, if attributes are predicted. With --rerank, a row for that."""
     curve = distance_histograms(query, gallery)
     threshold = curve["mean"] if args.threshold == "mean" else args.threshold
     selections = EVERY | {"threshold": Selection(below=threshold)}
@@ -1049,13 +1051,12 @@ def draw_distances(path, curve, calibration):
 
 
 def evaluate(args, embedder, checkpoint, seconds):
-    """Score a checkpoint on validation, by both protocols, and on the official test set, with the
+    """Score a checkpoint on validation, by both protocols, and on the test set of --data, with the
     Hamming parameter tuned on validation."""
     with common.timed(seconds, "loading"):
-        train_market, test_query, test_gallery = [
-            common.load_market(args.data, part, args.size, annotated=False) for part in common.PARTS
-        ]
-    validation = par.saved_split(checkpoint, train_market.person_ids, args.eval)[1].nonzero()[:, 0]
+        market, validation = par.load_validation(args, checkpoint, annotated=False)
+        test_query = common.load_market(args.data, "query", args.size, annotated=False)
+        test_gallery = common.load_market(args.data, "gallery", args.size, annotated=False)
     # Junk takes no part in anything, nor in the mean distance.
     real = (test_gallery.person_ids != -1).nonzero()[:, 0]
     if len(real) == 0:
@@ -1068,10 +1069,10 @@ def evaluate(args, embedder, checkpoint, seconds):
     query.itself = itself.to(query.ids.device)
 
     hamming = args.hamming
-    curve = None
+    curve = checkpoint.get("distances")  # of its own validation, where there is none here
     if len(validation) > 0:
         with common.timed(seconds, "embedding"):
-            crops = embed(embedder, train_market, validation)
+            crops = embed(embedder, market, validation)
         with common.timed(seconds, "ranking"):
             scored = score_and_show(args, crops, None, hamming)
         hamming = scored.hamming
@@ -1730,7 +1731,7 @@ def train_all(args, record, stage_1):
     if args.identities == "all":
         split = (ids > 0, ids < 1)
     elif stage_1 is not None:
-        split = par.saved_split(stage_1, ids, args.init)
+        split = par.saved_split(stage_1, market, args.init)
     else:
         split = common.split_identities(ids, seed=args.seed)
 

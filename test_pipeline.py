@@ -1043,7 +1043,7 @@ def test_the_backbone_is_torchvisions_resnet18_with_a_files_weights(
     expected = reference.eval()(scaled_like_imagenet(crops))
 
     args = SimpleNamespace(weights=str(tmp_path / "resnet18.pth"), resume=False)
-    backbone = common.Backbone(par.backbone_weights(args)).eval()
+    backbone = common.Backbone(par.starting_weights(args)[0]).eval()
     maps, features = backbone(crops)
     assert torch.allclose(features, expected, atol=1e-4)
     assert torch.allclose(maps.mean((2, 3)), expected, atol=1e-4)
@@ -2370,7 +2370,7 @@ def test_stage_1_is_scored_beside_the_commonest_class_of_training(trained, marke
     out, _ = run(par, "--eval", trained.par)
 
     data = common.load_market(market, "train")
-    training, validation = par.saved_split(torch_load(trained.par), data.person_ids, trained.par)
+    training, validation = par.saved_split(torch_load(trained.par), data, trained.par)
     commonest = data.labels[training].mode(0).values
     hits = (data.labels[validation] == commonest).float().mean(0)
     accuracy = percent([*hits.tolist(), hits.mean().item()])
@@ -3158,6 +3158,129 @@ def test_validation_takes_two_crops_of_an_identity(market, tmp_path, run):
     run(reid, "--data", root, *QUICK, error=error)
 
 
+# Other people's data.
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    """Another drawn data set, with the same identities' numbers."""
+    root = tmp_path_factory.mktemp("other")
+    common.draw_market(root, 8, 4, seed=5)
+    return root
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "test set alone"])
+def test_another_data_set_is_scored_by_its_test_set(whole, trained, other, tmp_path, run):
+    root = shutil.copytree(other, tmp_path / "copy")
+    if not whole:
+        shutil.rmtree(root / "bounding_box_train")
+    out, _ = run(reid, "--data", root, "--eval", trained.reid)
+    assert f"{root} does not hold the train set of {trained.reid}: there is no validation" in out
+    assert "validation crops" not in out
+
+    run(reid, "--data", root, "--eval", trained.reid, "--embed", tmp_path / "f.npz")
+    with np.load(tmp_path / "f.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file if "names" not in name}
+    distances = torch.cdist(arrays["query_features"], arrays["gallery_features"])
+    people = [
+        arrays[f"{part}_{what}"] for part in ("query", "gallery") for what in ("ids", "cameras")
+    ]
+    scores = brute_force(distances, *people, None, cross_camera=True)
+    row = table_of(out, "test set, ", 1)[0]
+    expected = percent(scores[name] for name in ("mAP", "mAP_trapezoid", "rank1", "rank5"))
+    assert list(map(float, row[1:5])) == pytest.approx(expected, abs=0.01)
+
+
+def test_on_another_data_set_the_probability_is_that_of_the_networks_own_validation(
+    trained, other, run
+):
+    own, _ = run(reid, "--eval", trained.reid)
+    out, _ = run(reid, "--eval", trained.reid, "--data", other)
+    promised = "Promised for pairs of which"
+    assert out[out.index(promised) :].splitlines()[0] == own[own.index(promised) :].splitlines()[0]
+
+
+def test_attributes_of_another_data_set_are_scored_beside_the_commonest_of_training(
+    trained, market, other, run
+):
+    out, _ = run(par, "--eval", trained.par, "--data", other)
+    assert "does not hold the train set of" in out
+    assert "No validation crops" in out
+    rows = table_of(out, "32 test crops of 8 identities", 13)
+
+    train = common.load_market(market, "train")
+    training, _ = par.saved_split(torch_load(trained.par), train, trained.par)
+    commonest = torch.stack([c.argmax() for c in par.class_counts(train.labels[training])])
+    test = common.load_market(other, "gallery", (64, 32))
+    labels = test.labels[test.labels[:, 0] >= 0]
+    hits = percent((labels == commonest).float().mean(0).tolist())
+    assert column_of(rows, 2)[:12] == pytest.approx(hits, abs=0.01)
+    classes, _ = par.load_recogniser(trained.par)(test.images[test.labels[:, 0] >= 0])
+    hits = percent((labels == classes).float().mean(0).tolist())
+    assert column_of(rows, 1)[:12] == pytest.approx(hits, abs=0.01)
+
+
+def test_another_data_set_without_annotations_cannot_be_scored(trained, other, tmp_path, run):
+    root = shutil.copytree(other, tmp_path / "copy")
+    for path in root.glob("*.csv"):
+        path.unlink()
+    error = f"{root} holds no annotated crops to score but those trained on."
+    run(par, "--eval", trained.par, "--data", root, error=error)
+
+
+@pytest.mark.parametrize(
+    "names, same",
+    [
+        (["1_c1_1.jpg", "1_c1_2.jpg", "2_c1_1.jpg"], True),
+        (["1_c1_1.png", "1_c1_2.png"], True),  # in another format, and fewer
+        (["1_c1_1.jpg", "1_c1_2.jpg", *"abcdefgh"], True),  # and other crops beside
+        (["1_c1_1.jpg", "1_c2_2.jpg"], False),  # a name that happens to be the same
+        ([], False),
+    ],
+)
+def test_data_sets_are_told_apart_by_the_names_of_their_crops(names, same):
+    assert par.is_same_data(["1_c1_1.jpg", "1_c1_2.jpg", "2_c1_1.jpg"], names) == same
+
+
+@pytest.mark.parametrize("module", [par, reid])
+@pytest.mark.parametrize("source", ["par", "reid"])
+def test_a_trained_networks_backbone_goes_on_with_other_people(
+    module, source, trained, other, tmp_path, run
+):
+    start = getattr(trained, source)
+    run(module, "--data", other, *QUICK, "--lr", "1e-12", "--weights", start)
+    ours = torch_load(tmp_path / "o.pt")["model"]
+    theirs = torch_load(start)["model"]
+    shared = [name for name, value in theirs.items() if "backbone" in name and value.dim() == 4]
+    assert len(shared) >= 20
+    for name in shared:
+        assert torch.allclose(ours[name], theirs[name]), name
+
+
+def test_a_trained_networks_backbone_goes_on_with_all_people_or_the_same_split(trained, run):
+    run(reid, *QUICK, "--weights", trained.par)  # seed 0 of both has one split
+    run(reid, *QUICK, "--weights", trained.reid, "--identities", "all", "--seed", 3)
+
+
+def test_people_of_the_first_of_three_runs_are_not_validated_on_in_the_last(
+    trained, other, tmp_path, monkeypatch, run
+):
+    first = shutil.copy(trained.par, tmp_path / "first.pt")
+    command = [par, "--data", other, *QUICK, "--epochs", 2, "--weights", first]
+    second = tmp_path / "second.pt"
+    with monkeypatch.context() as patch:
+        before_call(patch, par, "attribute_loss", 3)  # in epoch 2
+        run(*command, "--out", second, code=130, error=STOPPED)
+    first.unlink()
+    run(*command, "--out", second, "--resume")
+
+    error = ".pt was trained on people of this data set that would be validated on."
+    run(par, *QUICK, "--weights", second, "--seed", 3, error=f"second{error}")
+    third = tmp_path / "third.pt"
+    run(reid, "--data", other, *QUICK, "--init", second, "--out", third)
+    run(par, *QUICK, "--weights", third, "--seed", 3, error=f"third{error}")
+
+
 # Training on all identities, and the comparison of table 1.
 
 
@@ -3812,7 +3935,7 @@ def test_a_run_resumes_only_beside_its_own_record(beside, market, trained, tmp_p
 def test_a_run_that_resumes_asks_for_no_weights(tmp_path):
     (tmp_path / "o.last").touch()
     args = SimpleNamespace(weights="imagenet", resume=True, out=tmp_path / "o.pt")
-    assert par.backbone_weights(args) is None
+    assert par.starting_weights(args)[0] is None
 
 
 @pytest.fixture
@@ -4423,17 +4546,19 @@ par --stats --out N/results: results is no name for a checkpoint: give one that 
 par --out N/folder.pt: folder.pt is no name for the file to write: give one that ends in .pt
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
 reid --init T/par.pt --size 128x64: was trained with another --size: leave that out.
-reid --init T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's
+reid --init T/par.pt --data T/lonely: par.pt was trained on another data set: pass its --data or, to
 reid --data T/lonely --identities all: No triplet can be formed
 reid --data T/lonely --identities all --recipe strong: Nothing to learn: give two identities or more
-par --eval T/par.pt --data T/lonely: par.pt was trained on other identities than this data set's
 reid --init T/reid.pt: is a checkpoint of reid.py; one of par.py is needed here
 par --eval N/none.pt: none.pt does not exist
 par --eval N/older: older is of another version of this code, or another backbone or data
 par --eval N/backbone: backbone is of another version of this code, or another backbone or data
 par --eval N/swapped: swapped is of another version of this code, or another backbone or data
 par --eval N/code: code is not a readable checkpoint (UnpicklingError)
-par --weights T/par.pt: is not a state dict of torchvision's NarrowResNet.
+par --weights N/state: is neither a checkpoint of par.py or reid.py nor a state dict of
+par --weights N/older: older is of another version of this code, or another backbone or data
+par --weights T/par.pt --seed 3: par.pt was trained on people of this data set that would
+reid --weights T/reid.pt --seed 3: pass reid.py --init FILE, a checkpoint of par.py, which keeps its
 """
 
 
@@ -4449,6 +4574,7 @@ def no_checkpoints(trained, tmp_path_factory):
     torch.save(good | {"version": [version, backbone, swapped]}, folder / "swapped")
     code = b"\x80\x02cbuiltins\nprint\n."
     (folder / "code").write_bytes(code)
+    torch.save({"conv1.weight": torch.zeros(1)}, folder / "state")
     (folder / "cut.npz").write_bytes(b"PK\3\4" + code)
     (folder / "text").touch()
     (folder / "folder.pt").mkdir()
