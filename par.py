@@ -706,23 +706,52 @@ def evaluate(args, record, checkpoint):
 
 
 def list_files(paths):
-    """The user's own files, and those in folders and below, but for hidden ones: -> list of Path. A
-    folder that cannot be read is named on stderr."""
-
-    def name_skipped(error):
-        print(f"Skipped: {error.filename} cannot be read ({error.strerror}).", file=sys.stderr)
-
+    """The user's own files, and those in folders and below, but for hidden ones: -> list of Path.
+    Links to folders are followed, each real folder once. What cannot be read is named on stderr."""
     files = []
     for path in map(Path, paths):
         if path.is_file():
             files.append(path)
             continue
         inside = []
-        for folder, folders, names in os.walk(path, onerror=name_skipped):
-            folders[:] = [name for name in folders if not common.is_ignored(name)]  # to walk on in
-            inside += [Path(folder, name) for name in names if not common.is_ignored(name)]
-        files += sorted(file for file in inside if file.is_file())
+        visited = set()
+        folders = [path]
+        while folders:  # links come last, so that a file has its own name where it has one
+            links, found = walk(folders.pop(0), visited)
+            folders += links
+            inside += found
+        for file in sorted(inside):
+            if file.is_file():
+                files.append(file)
+            elif file.is_symlink():
+                print(f"Skipped: {common.printable(str(file))} is a dead link.", file=sys.stderr)
     return files
+
+
+def walk(top, visited):
+    """What is in a folder and below, but for hidden things: -> (links to folders, files), lists of
+    Path. visited: a set of the real folders that are done with; the new ones are added."""
+
+    def name_skipped(error):
+        name = common.printable(str(error.filename))
+        print(f"Skipped: {name} cannot be read ({error.strerror}).", file=sys.stderr)
+
+    links = []
+    files = []
+    for folder, folders, names in os.walk(top, onerror=name_skipped):
+        real = Path(folder).resolve()
+        shown = [name for name in folders if not common.is_ignored(name)]
+        folders.clear()  # what is in it from here on is walked on in
+        if real in visited:
+            continue
+        visited.add(real)
+        for name in sorted(shown):
+            if (real / name).resolve() == real / name:
+                folders.append(name)
+            else:
+                links.append(Path(folder, name))
+        files += [Path(folder, name) for name in names if not common.is_ignored(name)]
+    return links, files
 
 
 BLOCK_PIXELS = 2048 * 128 * 64  # of the crops that are read at once: 50 MB

@@ -1383,12 +1383,8 @@ def show_nearest(args, queries, q, gallery, distances, calibration):
     described = describe_attributes(queries.crops, q)
     cells = [(query, ["query", query.stem, *described], None)]
     lines = []
-    nearest = distances.topk(min(args.top + 1, len(distances)), largest=False)  # one may be itself
-    for distance, g in zip(nearest.values.tolist(), nearest.indices.tolist()):
+    for rank, (distance, g) in enumerate(choose_nearest(distances, query, gallery, args.top), 1):
         file = gallery.file(g)
-        if len(lines) == args.top or file.resolve() == query.resolve():
-            continue
-        rank = len(lines) + 1
         told = "-"
         colour = par.GREY
         if calibration is not None:
@@ -1407,6 +1403,21 @@ def show_nearest(args, queries, q, gallery, distances, calibration):
     header = ["rank", "distance", "same person", "same attributes", "file"]
     par.print_table(f"Nearest to {query} of {len(distances)} images", header, lines)
     return cells
+
+
+def choose_nearest(distances, query, gallery, count):
+    """The `count` crops of the gallery that are nearest to a query, but for the file of the query
+    itself, which can be there by several names: distances [G] -> list of (distance, row)."""
+    tried = count + 1
+    while True:
+        nearest = distances.topk(min(tried, len(distances)), largest=False)
+        chosen = []
+        for distance, row in zip(nearest.values.tolist(), nearest.indices.tolist()):
+            if gallery.file(row).resolve() != query.resolve():
+                chosen.append((distance, row))
+        if len(chosen) >= count or tried >= len(distances):
+            return chosen[:count]
+        tried *= 2
 
 
 def parse_words(words):

@@ -2490,6 +2490,78 @@ def test_what_cannot_be_read_is_named_and_left_out(trained, tmp_path, run, monke
         assert sum(reason in line for line in skipped) == 1, reason
 
 
+@pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
+def test_links_to_folders_are_followed_and_each_real_folder_once(tmp_path, capsys):
+    top = tmp_path / "top"
+    (top / "b" / "below").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("b/1.png", "b/below/2.png", "../elsewhere/3.png"):
+        (top / name).touch()
+    (top / "a").symlink_to(top / "b")  # earlier in the alphabet than what it points to
+    (top / "b" / "round").symlink_to(top)
+    (top / "c").symlink_to(tmp_path / "elsewhere")
+    (top / "d").symlink_to(tmp_path / "elsewhere")
+    (top / "4.png").symlink_to(top / "b" / "1.png")
+    (top / "5.png").symlink_to(tmp_path / "gone.png")
+
+    expected = ["4.png", "b/1.png", "b/below/2.png", "c/3.png"]
+    assert par.list_files([top]) == [top / name for name in expected]
+    assert capsys.readouterr().err == f"Skipped: {top / '5.png'} is a dead link.\n"
+
+
+def test_what_a_system_puts_beside_pictures_is_not_looked_at(tmp_path):
+    for name in (
+        "@eaDir/1.jpg/THUMB_M.jpg",
+        "#recycle/2.jpg",
+        "__MACOSX/._3.jpg",
+        "below/Thumbs.db",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert par.list_files([tmp_path]) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names are not allowed there")
+def test_what_a_terminal_would_act_on_is_shown_as_a_question_mark(trained, tmp_path, run):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    red = "\x1b[31mred"
+    Image.new("RGB", (40, 80), "blue").save(folder / f"{red}.png")
+    Image.new("RGB", (40, 80), "blue").save(
+        folder / b"odd\xff.png".decode("utf-8", "surrogateescape")
+    )
+    (folder / f"{red}.txt").write_text("no image")
+    query = tmp_path / "query.png"
+    Image.new("RGB", (40, 80), "red").save(query)
+
+    out, err = run(reid, "--eval", trained.reid, "--gallery", folder, "--search", query)
+    assert "\x1b" not in out + err
+    assert f"Skipped: {folder}/?[31mred.txt is not a readable image" in err
+    assert sorted(Path(row[-1]).name for row in table_of(out, "Nearest to", 2)) == [
+        "?[31mred.png",
+        "odd?.png",
+    ]
+    _, err = run(par, "--eval", trained.par, "--predict", folder / f"{red}.txt", error="No image")
+    assert "?[31mred.txt" in err.splitlines()[-1]
+
+
+def test_what_a_terminal_cannot_show_is_shown_as_a_question_mark(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="cp1252"))
+    assert common.printable("\u00e4\u0142.png") == "\u00e4?.png"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are not allowed there")
+def test_a_name_that_is_no_text_is_written_into_the_csv_as_it_is(
+    trained, tmp_path, monkeypatch, run
+):
+    name = os.fsencode(tmp_path) + b"/odd\xff.png"
+    Image.new("RGB", (40, 80), "blue").save(os.fsdecode(name), "png")
+    with open(tmp_path / "out.csv", "w", encoding="utf-8") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        run(par, "--eval", trained.par, "--predict", os.fsdecode(name))
+    assert (tmp_path / "out.csv").read_bytes().splitlines()[1].startswith(name + b",")
+
+
 def test_predictions_are_drawn_sixty_as_a_sheet_and_twenty_as_maps(trained, market, tmp_path, run):
     folder = market / "bounding_box_test"
     assert len(os.listdir(folder)) > 60
@@ -2768,6 +2840,26 @@ def test_search_finds_and_draws_a_copy_of_the_image(trained, market, tmp_path, r
     assert nearest[3:] == ["%", "12", "of", "12", str(folder / "copy.jpg")]
     picture = Image.open(tmp_path / "search.png")
     assert picture.width == 4 * 166 + 8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
+def test_search_leaves_out_all_links_to_the_image_before_it_chooses_the_nearest(
+    trained, market, tmp_path, run
+):
+    folder = shutil.copytree(market / "query", tmp_path / "gallery")
+    query = sorted(folder.iterdir())[0]
+    for k in range(9):
+        (folder / f"link{k}.jpg").symlink_to(query)
+    out, _ = run(reid, "--eval", trained.reid, "--search", query, "--gallery", folder, "--top", 3)
+    rows = table_of(out, "Nearest to", 3)
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    for row in rows:
+        assert Path(row[-1]).resolve() != query.resolve()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "link.jpg").symlink_to(query)
+    out, _ = run(reid, "--eval", trained.reid, "--search", query, "--gallery", alone)
+    assert "link.jpg" not in out
 
 
 def test_finding_ranks_by_the_product_of_the_probabilities(trained, market, tmp_path, run):
