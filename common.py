@@ -88,6 +88,15 @@ def name_some(things):
     return text
 
 
+def printable(text):
+    """A text, such as a file's name, on one line, with ? for what the standard output cannot show,
+    or a terminal would act on."""
+    line = " ".join(text.splitlines())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return line.encode(encoding, "replace").decode(encoding)
+
+
 # ------------------------------------------------------------------------------------------
 # The data.
 
@@ -282,7 +291,7 @@ def read_crops(paths, size, skip=False):
         )
     show_line("")
     for failure in told:
-        print(f"Skipped: {failure}.", file=sys.stderr)
+        print(f"Skipped: {printable(failure)}.", file=sys.stderr)
     good = [row for row, failure in enumerate(failures) if failure is None]
     if len(good) < len(paths):
         crops = crops[good]
@@ -1017,14 +1026,14 @@ def run(parser, check_flags, main):
             dist.destroy_process_group()  # else its threads may abort the process at its end
     show_line("")
     if first or code == 2:
-        print(f"{parser.prog}: {sentence}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 
 def explain(error):
     """The sentence for an error that a user can cause; None for any other."""
     if isinstance(error, UserError):
-        return " ".join(str(error).splitlines())
+        return str(error)
     if isinstance(error, UnicodeError):
         return "a file's name cannot be printed here: set PYTHONIOENCODING=utf-8."
     if isinstance(error, OSError):

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import io
 import math
 import os
 import platform
@@ -437,7 +438,7 @@ def print_table(title, header, rows):
 
     def as_text(cell):
         if isinstance(cell, str):
-            return " ".join(cell.splitlines())
+            return common.printable(cell)
         return "-" if math.isnan(cell) else f"{cell:.2f}"
 
     lines = [header]
@@ -450,7 +451,7 @@ def print_table(title, header, rows):
             columns.append([text.ljust(width) for text in column])
         else:
             columns.append([text.rjust(width) for text in column])
-    print(f"\n{title}")
+    print(f"\n{common.printable(title)}")
     for line in zip(*columns):
         print("  ".join(line).rstrip(), flush=True)
 
@@ -788,6 +789,8 @@ def predict_files(args, record, checkpoint):
     with --sheet and --maps also draw the first of them."""
     recogniser = Recogniser(checkpoint, args.device)
     seconds = record["seconds"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are no text, as they are
     writer = csv.writer(sys.stdout, lineterminator="\n")
     header = ["file", *ATTRIBUTES] + [f"{attribute}_probability" for attribute in ATTRIBUTES]
     first = []
