@@ -1016,6 +1016,8 @@ def start(args, source=None, checkpoint=None, data=True):
     torch.backends.cudnn.benchmark = True  # shapes do not change, so choosing an algorithm pays
     keep_freed_memory()
 
+    if args.out.is_symlink():
+        args.out = args.out.resolve()  # so that the files beside it are one run's, too
     size = args.size or (128, 64)
     if checkpoint is not None:
         size = checkpoint["record"]["arguments"]["size"]
@@ -1023,7 +1025,7 @@ def start(args, source=None, checkpoint=None, data=True):
         raise UserError(f"{source} was trained with another --size: leave that out.")
     args.size = size
     if data:
-        args.data = find_data(args.data)
+        args.data = find_data(args.data, source, checkpoint)
         demo = (args.data / common.DRAWN).is_file()
     else:
         args.data = Path(checkpoint["record"]["data"]["folder"])
@@ -1039,7 +1041,7 @@ def start(args, source=None, checkpoint=None, data=True):
         )
 
     record = {
-        "data": {"folder": str(args.data), "drawn demo set": demo},
+        "data": {"folder": str(args.data.absolute()), "drawn demo set": demo},
         "seconds": {},
         "precision": common.precision(torch.device(args.device)),
         "threads": torch.get_num_threads(),
@@ -1107,25 +1109,34 @@ def keep_freed_memory():
         libc.mallopt(m_mmap_threshold, 2**25)  # its upper limit
 
 
-def find_data(folder):
-    """--data or, without it, Market-1501 in the working directory or else the demo set, drawn if it
-    has not been: elsewhere, and put into its place when it is whole."""
+def find_data(folder, source, checkpoint):
+    """--data or, without it, what a checkpoint, read from the file `source`, was trained on, if it
+    is there; else Market-1501 in the working directory; else the demo set there, which is drawn if
+    there is no checkpoint that it would not fit."""
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--data {folder} is not a folder.")
         return folder
-    real = Path("Market-1501-v15.09.15")
-    demo = Path("Market-1501-demo")
-    if real.is_dir():
-        return real
-    if not demo.is_dir():
-        print(f"Drawing the demo set into ./{demo} ...", flush=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=".") as folder:
-            drawn = Path(folder, "demo")
-            common.draw_market(drawn, identities=100, images_per_identity=6)
-            with contextlib.suppress(OSError):  # another run's is there by now: that will do
-                drawn.rename(demo)
-    return demo
+    places = [Path("Market-1501-v15.09.15"), Path("Market-1501-demo")]
+    if checkpoint is not None:
+        places.insert(0, Path(checkpoint["record"]["data"]["folder"]))
+    for place in places:
+        if place.is_dir():
+            return place
+    if checkpoint is not None:
+        raise UserError(f"{source} was trained on {places[0]}, which is not here: pass --data DIR.")
+    draw_demo(places[-1])
+    return places[-1]
+
+
+def draw_demo(demo):
+    """Draw the demo set, elsewhere, and put it into its place when it is whole."""
+    print(f"Drawing the demo set into ./{demo} ...", flush=True)
+    with tempfile.TemporaryDirectory(prefix=".demo-", dir=".") as folder:
+        drawn = Path(folder, "demo")
+        common.draw_market(drawn, identities=100, images_per_identity=6)
+        with contextlib.suppress(OSError):  # another run's is there by now: that will do
+            drawn.rename(demo)
 
 
 def settle_recipe(args):

@@ -3549,6 +3549,29 @@ def test_the_line_that_updates_is_cleared_before_the_one_that_stays(tmp_path, mo
     assert lines[lines.index(shown[-1]) + 1] == ""
 
 
+def test_a_checkpoint_is_scored_on_the_data_that_it_names(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(reid, "--eval", trained.reid, "--device", "cpu") == 0
+    assert "24 validation crops" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_data_of_a_checkpoint_is_not_nothing_is_drawn(
+    trained, tmp_path, monkeypatch, capsys
+):
+    checkpoint = torch_load(trained.par)
+    checkpoint["record"]["data"]["folder"] = str(tmp_path / "gone")
+    common.save_checkpoint(tmp_path / "moved.pt", checkpoint)
+    monkeypatch.chdir(tmp_path)
+    for command in ([par, "--eval", "moved.pt"], [reid, "--init", "moved.pt"]):
+        assert call(*command) == 2
+        error = (
+            f"moved.pt was trained on {tmp_path / 'gone'}, which is not here: pass --data DIR.\n"
+        )
+        assert capsys.readouterr().err.endswith(error)
+    assert os.listdir(tmp_path) == ["moved.pt"]
+
+
 def test_without_data_market_1501_comes_before_the_demo_set(market, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(market, "Market-1501-v15.09.15")
