@@ -944,10 +944,11 @@ def peak_memory():
 
 
 def write_whole(path, write):
-    """Call write(file), and put what it wrote in the place of `path`, whole or not at all; only the
-    first process does."""
+    """Call write(file), and put what it wrote in the place of `path` or, if that is a link, of what
+    it points to, whole or not at all; only the first process does."""
     if processes()[0] > 0:
         return
+    path = path.resolve()
     # To memory first, as torch.save hides a full disk, and Ctrl-C, behind errors of its own.
     buffer = io.BytesIO()
     write(buffer)

@@ -628,11 +628,16 @@ def train(args, record, market, split):
     return scores
 
 
+def output_of_loss(out, kind):
+    """Where --loss all writes the checkpoint of one loss."""
+    return out.with_stem(f"{out.stem}_{kind}")
+
+
 def train_all_losses(args, record, market, split):
     """Train with each of the four losses, and print [report] tables 2 and 3."""
     scores = {}
     for kind in LOSSES:
-        out = args.out.with_stem(f"{args.out.stem}_{kind}")
+        out = output_of_loss(args.out, kind)
         loss_args = argparse.Namespace(**vars(args) | {"loss": kind, "out": out})
         scores[kind] = train(loss_args, record, market, split)
     for title, name in (("Table 2: accuracy", "accuracy"), ("Table 3: macro F1", "f1")):
@@ -1178,12 +1183,18 @@ def describe_start(args, record, source, data):
 
 
 def check_output(path, suffix):
-    """Make the folder of `path` and try to write in it: better before the work than after."""
+    """Make the folder of `path`, and try to write a file there with the longest name that the work
+    will give to one: better before it than after."""
     if path.is_dir() or path.suffix != suffix:
         raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
+    target = path.resolve()  # where it points, if it is a link
+    if suffix == ".pt":
+        target = target.with_suffix(".old.json")
+    probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # as `common.write_whole` has it
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): choose another place."
@@ -1333,7 +1344,11 @@ def main(args):
         check_output(args.out.with_name("par_stats.png"), ".png")
         statistics(args)
     else:
-        check_output(args.out, ".pt")
+        outs = [args.out]
+        if args.loss == "all":
+            outs = [output_of_loss(args.out, kind) for kind in LOSSES]
+        for out in outs:
+            check_output(out, ".pt")
         with common.timed(record["seconds"], "loading"):
             market = load_train(args)
         record["fingerprints"] = {"data set": market.fingerprint()}

@@ -1731,6 +1731,8 @@ def inherit(args, stage_1):
 def train_all(args, record, stage_1):
     """Train, or with --compare twice, and print [report] table 1."""
     par.check_output(args.out, ".pt")
+    if args.compare:
+        par.check_output(without_transfer(args.out), ".pt")
     with common.timed(record["seconds"], "loading"):
         market = par.load_train(args, "attributes" in args.rungs)
     ids = market.person_ids

@@ -3925,6 +3925,42 @@ def test_an_epoch_writes_its_record_then_its_checkpoint_then_its_state(
     assert written == [".last"] + [".json", ".pt", ".last"] * 2 + [".json", ".last"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
+def test_a_run_writes_where_a_link_points(tmp_path, run):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    link = tmp_path / "link.pt"
+    link.symlink_to(disk / "real.pt")
+    run(par, *QUICK, "--out", link)
+    run(par, *QUICK, "--out", link)  # sets the first aside
+    assert link.is_symlink()
+    names = ["real.json", "real.last", "real.old.json", "real.old.pt", "real.pt"]
+    assert sorted(os.listdir(disk)) == names
+    assert os.listdir(tmp_path) in (["disk", "link.pt"], ["link.pt", "disk"])
+    run(par, "--eval", link)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
+def test_a_file_is_written_where_a_link_points(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    common.write_whole(link, lambda file: file.write(b"text"))
+    assert link.is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"text"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the longest name is another there")
+@pytest.mark.parametrize("command", [[par], [par, "--loss", "all"], [reid]], ids=str)
+def test_a_name_that_will_be_too_long_is_told_before_the_work(command, tmp_path, run):
+    longest = 255 - len(f"..old.json.{os.getpid()}.tmp")
+    short = tmp_path / f"{'x' * (longest - len('_focal'))}.pt"
+    long = tmp_path / f"{'x' * (longest + 1)}.pt"
+    run(*command, *QUICK, "--out", long, error="cannot be written (File name too long): choose")
+    assert os.listdir(tmp_path) == []
+    run(*command, *QUICK, "--out", short)
+    run(*command, *QUICK, "--out", short)
+
+
 @pytest.mark.parametrize("module", [par, reid])
 def test_a_run_that_has_ended_trains_no_more(module, market, trained, tmp_path, run):
     shutil.copytree(trained.folder, tmp_path / "copy")
