@@ -655,7 +655,7 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
                 optimizer.step()
                 optimizer.zero_grad()
             losses[step] = step_loss.detach()
-            if step % 10 == 9 and sys.stderr.isatty():  # seldom, as this waits for a GPU
+            if step % 10 == 9 and has_terminal():  # seldom, as this waits for a GPU
                 show_progress(epoch, args.epochs, step + 1, steps, losses, begin, images_per_step)
 
         # 3. Look for NaN, validate, and see whether this epoch is the best.
@@ -792,9 +792,15 @@ def show_progress(epoch, epochs, step, steps, losses, begin, images):
     )
 
 
+def has_terminal():
+    """Whether stderr is the first process's terminal; what a notebook or a service puts there need
+    not know what that is."""
+    return processes()[0] == 0 and hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+
+
 def show_line(text):
-    """Show one line that the next call overwrites, if stderr is the first process's terminal."""
-    if sys.stderr.isatty() and processes()[0] == 0:
+    """Show one line on the terminal, if there is one, which the next call overwrites."""
+    if has_terminal():
         print(f"\r{text[:79]:79}\r", end="", file=sys.stderr, flush=True)
 
 
@@ -1004,6 +1010,9 @@ def torch_load(path):
 
 def run(parser, check_flags, main):
     """Run a script: main(args). The one place where errors become sentences and exit codes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as in a service, or closed by the shell
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     first = os.environ.get("RANK", "0") == "0"
     if not first:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -4529,6 +4529,52 @@ def test_the_programs_own_error_is_not_hidden(error, capsys):
     assert capsys.readouterr().err == ""
 
 
+# What it says goes nowhere: to a shell's >&- and 2>&-, a window without a console, a notebook.
+
+
+class Notebook:
+    """What a notebook or a service may put in the place of a stream."""
+
+    encoding = None
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_scripts_work_without_a_stream(stream, trained, market, tmp_path, monkeypatch, capsys):
+    command = ["--eval", trained.par, "--predict", market / "query"]
+    assert call(par, *command) == 0
+    csv_alone = capsys.readouterr().out
+    monkeypatch.setattr(sys, stream, None)
+    assert call(par, *command) == 0
+    assert call(par, "--data", market, *QUICK, "--out", tmp_path / "o.pt") == 0
+    assert call(par, "--eval", tmp_path / "gone.pt") == 2
+    said, err = capsys.readouterr()
+    if stream == "stderr":
+        assert said.startswith(csv_alone)
+        assert "Seconds" not in said[: len(csv_alone) + 1]
+    else:
+        assert said == ""
+        assert err.endswith("gone.pt does not exist.\n")
+
+
+def test_scripts_work_in_a_notebook(trained, market, tmp_path, monkeypatch):
+    out = Notebook()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", Notebook())
+    assert call(par, "--eval", trained.par, "--predict", market / "query") == 0
+    assert len(out.text.splitlines()) == 11
+    assert call(reid, "--data", market, *QUICK, "--out", tmp_path / "o.pt") == 0
+    assert "epoch  1/1" in out.text
+
+
 def test_a_reader_that_has_seen_enough_ends_a_program_silently(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out", "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
