@@ -6,6 +6,7 @@
     python par.py --recipe strong                       what is known since the report; --head conv
     python par.py --eval par_best.pt                    score: validation and test identities
     python par.py --eval par_best.pt --predict PATH...  attributes of your own images, as CSV
+    python par.py --eval par_best.pt --export F.pt2     the network for other programs, or F.onnx
     python par.py --stats                               class frequencies: table 4 and figure 4
 
 [report] is the one that common.py names; tables and figures have its numbers. reid.py builds on
@@ -17,6 +18,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import importlib.util
 import io
 import math
 import os
@@ -888,6 +890,66 @@ def draw_statistics(path, rows):
 
 
 # ------------------------------------------------------------------------------------------
+# Networks for other programs.
+
+
+class AttributeExport(nn.Module):
+    """What --export writes: crops [N, 3, H, W] in 0..255 -> what `most_probable` returns."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, crops):
+        return most_probable(log_probabilities(self.model(crops).logits))
+
+
+def export_attributes(path, checkpoint):
+    """Write the network of a checkpoint that predicts attributes, by `write_network`."""
+    model = load_network(checkpoint, "cpu")
+    size = checkpoint["record"]["arguments"]["size"]
+    write_network(path, AttributeExport(model), ["classes", "probabilities"], size)
+
+
+def write_network(path, network, outputs, size):
+    """Write a network of N crops [N, 3, H, W], with its normalisation and its mirror image, for
+    programs without this code: as PyTorch's .pt2, which takes uint8, or as .onnx, which takes
+    float32 in 0..255, as not all that read it take uint8. It computes in float32.
+
+    outputs: the names of what it returns; size: (height, width). UserError where packages lack."""
+    network = network.to(memory_format=torch.contiguous_format).eval()  # what a .pt2 can store
+    crops = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    any_number = ({0: torch.export.Dim("crops", max=2**31)},)
+    if path.suffix == ".pt2":
+        # Not strict: PyTorch 2.6 cannot read its own file of a strict one.
+        program = torch.export.export(network, (crops,), dynamic_shapes=any_number, strict=False)
+        common.write_whole(path, lambda file: torch.export.save(program, file))
+    else:
+        if not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
+            raise UserError(f"Writing {path} takes two packages: pip install onnx onnxscript.")
+        try:
+            program = torch.onnx.export(
+                network,
+                (crops.float(),),
+                input_names=["crops"],
+                output_names=outputs,
+                dynamic_shapes=any_number,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(
+                f"PyTorch {torch.__version__} cannot write ONNX with these onnx and onnxscript "
+                f"({type(error).__name__}): install newer ones of all three, or write a .pt2."
+            ) from None
+        model = program.model_proto.SerializeToString()
+        common.write_whole(path, lambda file: file.write(model))
+    kind = "uint8" if path.suffix == ".pt2" else "float32, 0 to 255"
+    print(f"{path}: crops [N, 3, {size[0]}, {size[1]}], {kind}, RGB -> {' and '.join(outputs)}")
+
+
+# ------------------------------------------------------------------------------------------
 # The command line of both scripts.
 
 TRAINING_FLAGS = "recipe weights epochs lr warmup batch patience seed resume"
@@ -1008,6 +1070,16 @@ def recipe_flags(group, defaults, rungs):
     for name, (kind, text) in by_recipe.items():
         values = ", ".join(f"{recipe}: {own[name]}" for recipe, own in defaults.items())
         group.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} ({values})")
+
+
+def export_flag(group):
+    """Add the flag of both scripts that writes a network for other programs."""
+    group.add_argument(
+        "--export",
+        type=Path,
+        metavar="F.pt2",
+        help="write the network for programs without this code: .pt2 for PyTorch, or .onnx",
+    )
 
 
 def start(args, source=None, checkpoint=None, data=True):
@@ -1221,6 +1293,14 @@ def refuse_idle_flags(parser, args, rules):
                 parser.error(f"{flag} has no effect here, but only {companion}: leave it out.")
 
 
+def check_export(parser, args):
+    """End with a sentence where --export names no checkpoint or no file to write."""
+    if args.export and not args.eval:
+        parser.error("--export FILE needs --eval FILE, the checkpoint to export.")
+    if args.export and args.export.suffix not in (".pt2", ".onnx"):
+        parser.error(f"--export {args.export}: give a name that ends in .pt2 or .onnx.")
+
+
 def say_seconds(seconds, file=None):
     """Print where the time went, and the peak memory."""
     line = "Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
@@ -1279,6 +1359,7 @@ def make_parser():
         action="store_true",
         help="draw where the attributes of the first 20 of --predict come from: par_maps.png",
     )
+    export_flag(group)
     shared_flags(parser, DEFAULTS, "par_best.pt", RUNGS)
     return parser
 
@@ -1317,6 +1398,9 @@ def check_flags(parser, args):
     """End with a sentence where flags do not go together."""
     if args.predict and not args.eval:
         parser.error("--predict PATH... needs --eval FILE, the checkpoint to predict with.")
+    if args.export and args.predict:
+        parser.error("--export and --predict PATH... do two things: run the script for each.")
+    check_export(parser, args)
     training = not args.eval and not args.stats
     focal = training and (args.loss == "all" or LOSSES[args.loss][2])
     rules = [
@@ -1329,12 +1413,32 @@ def check_flags(parser, args):
     refuse_idle_flags(parser, args, rules)
 
 
+def train_all(args, record):
+    """Train with one loss or with all."""
+    outs = [args.out]
+    if args.loss == "all":
+        outs = [output_of_loss(args.out, kind) for kind in LOSSES]
+    for out in outs:
+        check_output(out, ".pt")
+    with common.timed(record["seconds"], "loading"):
+        market = load_train(args)
+    record["fingerprints"] = {"data set": market.fingerprint()}
+    split = common.split_identities(market.person_ids, seed=args.seed)
+    if args.loss == "all":
+        train_all_losses(args, record, market, split)
+    else:
+        train(args, record, market, split)
+
+
 def main(args):
     checkpoint = None
     if args.eval:
         checkpoint = load_predictor(args.eval)
-    record = start(args, args.eval, checkpoint, data=not args.predict)
-    if args.predict:
+    record = start(args, args.eval, checkpoint, data=not (args.predict or args.export))
+    if args.export:
+        check_output(args.export, args.export.suffix)
+        export_attributes(args.export, checkpoint)
+    elif args.predict:
         if args.sheet or args.maps:
             check_output(args.out.with_name("par_sheet.png"), ".png")
         predict_files(args, record, checkpoint)
@@ -1344,19 +1448,7 @@ def main(args):
         check_output(args.out.with_name("par_stats.png"), ".png")
         statistics(args)
     else:
-        outs = [args.out]
-        if args.loss == "all":
-            outs = [output_of_loss(args.out, kind) for kind in LOSSES]
-        for out in outs:
-            check_output(out, ".pt")
-        with common.timed(record["seconds"], "loading"):
-            market = load_train(args)
-        record["fingerprints"] = {"data set": market.fingerprint()}
-        split = common.split_identities(market.person_ids, seed=args.seed)
-        if args.loss == "all":
-            train_all_losses(args, record, market, split)
-        else:
-            train(args, record, market, split)
+        train_all(args, record)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
     python reid.py --eval reid_best.pt --embed F.npz    embeddings of the test set, or of --gallery
     python reid.py --eval reid_best.pt --search QUERY.jpg --gallery FOLDER|F.npz    who is it?
     python reid.py --eval reid_best.pt --find upcolor=red --gallery FOLDER|F.npz    who looks so?
+    python reid.py --eval reid_best.pt --export F.pt2   the network for other programs, or F.onnx
 
 [report] is the one that common.py names; tables and figures have its numbers.
 """
@@ -1128,7 +1129,7 @@ def draw_rankings(path, query, gallery, test_query, test_gallery, real, cross_ca
     par.draw_sheet(path, rows)
 
 
-def export(args, embedder, checkpoint, seconds):
+def embed_test_set(args, embedder, checkpoint, seconds):
     """Write the test set's embeddings to --embed as NumPy arrays."""
     if args.embed.exists() and is_index(args.embed):
         raise UserError(
@@ -1147,6 +1148,24 @@ def export(args, embedder, checkpoint, seconds):
         f"{args.embed}: {len(arrays['query_ids'])} query and {len(arrays['gallery_ids'])} gallery "
         "embeddings"
     )
+
+
+class FeatureExport(nn.Module):
+    """What --export writes: crops [N, 3, H, W] in 0..255 -> features [N, D]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, crops):
+        return self.model(crops).features
+
+
+def export_features(args, embedder, checkpoint, seconds):
+    """Write the network that embeds crops to --export, by `par.write_network`."""
+    with common.timed(seconds, "exporting"):
+        model = FeatureExport(embedder.model.to("cpu"))
+        par.write_network(args.export, model, ["features"], embedder.size)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1607,6 +1626,7 @@ def using_flags(group):
         metavar="WORD",
         help="find by attributes, hat=no upcolor=red: find.png",
     )
+    par.export_flag(only)
     group.add_argument(
         "--gallery",
         type=Path,
@@ -1627,6 +1647,7 @@ def check_flags(parser, args):
     for name in ("embed", "show", "search", "find", "gallery"):
         if getattr(args, name) is not None and not args.eval:
             parser.error(f"--{name} needs --eval FILE, the checkpoint to do it with.")
+    par.check_export(parser, args)
     looking = args.search or args.find
     if looking and not args.gallery:
         parser.error("--search QUERY, or --find, goes with --gallery FOLDER, the images to search.")
@@ -1654,7 +1675,7 @@ def flag_rules(args):
     training = not args.eval
     scored = training and args.identities == "train"  # on validation
     if args.eval:
-        scored = not (args.embed or args.search or args.find)
+        scored = not (args.embed or args.search or args.find or args.export)
     from_weights = training and (args.compare or not args.init)
     by_report = training and args.recipe == "report"
     by_clusters = by_report and args.negatives == "cluster"
@@ -1676,7 +1697,7 @@ def main(args):
     checkpoint = None
     if source:
         checkpoint = common.load_checkpoint(source, "reid" if args.eval else "par")
-    record = par.start(args, source, checkpoint, data=not args.gallery)
+    record = par.start(args, source, checkpoint, data=not (args.gallery or args.export))
     if args.eval:
         use(args, checkpoint, record["seconds"])
     else:
@@ -1695,15 +1716,22 @@ def choose_use(args):
     if args.embed and args.gallery:
         return update_index, args.embed
     if args.embed:
-        return export, args.embed
+        return embed_test_set, args.embed
+    if args.export:
+        return export_features, args.export
     return evaluate, None
 
 
 def use(args, checkpoint, seconds):
     """Do with a checkpoint what the command line asks for."""
     function, written = choose_use(args)
+    suffix = ".png"
+    if args.embed:
+        suffix = ".npz"
+    if args.export:
+        suffix = args.export.suffix
     if written is not None:
-        par.check_output(written, ".npz" if args.embed else ".png")
+        par.check_output(written, suffix)
     embedder = make_embedder(checkpoint, args.device)
     if args.prior is not None and "distances" not in checkpoint:
         raise UserError(

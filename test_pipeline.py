@@ -5,6 +5,7 @@ KILLS=20 MUTATIONS=400 pytest -k "killed or mutated".
 
 import copy
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -2693,6 +2694,89 @@ def test_a_network_of_the_other_stage_is_no_embedder(trained):
         reid.load_embedder(trained.par)
 
 
+# Networks for other programs.
+
+
+@pytest.fixture(scope="session")
+def strong_crops(market):
+    """Five crops of the size of `strong`."""
+    return common.load_market(market, "query", (32, 32)).images[:5]
+
+
+def test_an_exported_embedder_gives_the_same_features_to_the_bit(
+    strong, strong_crops, tmp_path, run
+):
+    path = tmp_path / "reid.pt2"
+    out, err = run(reid, "--eval", strong.reid, "--export", path)
+    assert out.startswith(f"{path}: crops [N, 3, 32, 32], uint8, RGB -> features\n")
+    exported = torch.export.load(path).module()
+    embedder = reid.load_embedder(strong.reid)
+    for count in (1, 2, 5):
+        assert torch.equal(exported(strong_crops[:count]), embedder(strong_crops[:count]))
+
+
+@pytest.mark.parametrize("source", ["par", "reid"])
+def test_an_exported_recogniser_gives_the_same_attributes_to_the_bit(
+    source, trained, market, tmp_path, run
+):
+    path = tmp_path / "par.pt2"
+    crops = common.load_market(market, "query", (64, 32)).images[:5]
+    run(par, "--eval", getattr(trained, source), "--export", path)
+    ours = torch.export.load(path).module()(crops)
+    theirs = par.load_recogniser(trained.par)(crops)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.fixture
+def onnxruntime():
+    """That package, where all is there that the tests of ONNX take."""
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("it cannot write ONNX with the newest onnxscript")
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnxruntime")
+
+
+def test_an_onnx_embedder_gives_the_same_features(strong, strong_crops, onnxruntime, tmp_path, run):
+    path = tmp_path / "reid.onnx"
+    run(reid, "--eval", strong.reid, "--export", path)
+    assert os.listdir(tmp_path) == ["reid.onnx"]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    embedder = reid.load_embedder(strong.reid)
+    for count in (1, 5):
+        crops = strong_crops[:count]
+        (features,) = session.run(["features"], {"crops": crops.float().numpy()})
+        assert np.allclose(features, embedder(crops), atol=1e-4)
+
+
+def test_an_onnx_recogniser_gives_the_same_attributes(trained, market, onnxruntime, tmp_path, run):
+    path = tmp_path / "par.onnx"
+    run(par, "--eval", trained.par, "--export", path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    crops = common.load_market(market, "query", (64, 32)).images
+    names = ["classes", "probabilities"]
+    classes, probabilities = session.run(names, {"crops": crops.float().numpy()})
+    expected, sure = par.load_recogniser(trained.par)(crops)
+    assert np.array_equal(classes, expected)
+    assert np.allclose(probabilities, sure, atol=1e-4)
+
+
+def test_writing_onnx_takes_two_packages(trained, tmp_path, monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    error = "x.onnx takes two packages: pip install onnx onnxscript."
+    run(reid, "--eval", trained.reid, "--export", tmp_path / "x.onnx", error=error)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_onnx_that_this_pytorch_cannot_write_is_told(trained, tmp_path, monkeypatch, run):
+    error = torch.onnx.errors.OnnxExporterError("no such operator")
+    monkeypatch.setattr(torch.onnx, "export", Mock(side_effect=error))
+    monkeypatch.setattr(importlib.util, "find_spec", Mock())
+    error = "(OnnxExporterError): install newer ones of all three, or write a .pt2."
+    run(reid, "--eval", trained.reid, "--export", tmp_path / "x.onnx", error=error)
+    assert os.listdir(tmp_path) == []
+
+
 # Stage 2: the test set.
 
 
@@ -4728,6 +4812,12 @@ par --without neck: --without leaves steps out of training by --recipe strong: p
 reid --eval T/reid.pt --without mirror: pass that too, and no --eval.
 reid --eval T/reid.pt --recipe strong --without mirror: --without leaves steps out of training by
 reid --embed N/x.npz: --embed needs --eval FILE
+reid --export N/x.pt2: --export FILE needs --eval FILE, the checkpoint to export.
+par --export N/x.pt2: --export FILE needs --eval FILE, the checkpoint to export.
+par --eval T/par.pt --export N/x.pt: give a name that ends in .pt2 or .onnx.
+par --eval T/par.pt --export N/x.pt2 --predict N: do two things: run the script for each.
+reid --eval T/reid.pt --export N/x.pt2 --show 2: not allowed with argument --export
+reid --eval T/reid.pt --export N/gone/text/x.pt2 --threshold 3: --threshold has no effect here
 reid --show 3: --show needs --eval FILE
 reid --eval T/reid.pt --search N: goes with --gallery FOLDER, the images to search.
 reid --eval T/reid.pt --find hat=no: goes with --gallery FOLDER, the images to search.
