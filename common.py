@@ -36,7 +36,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
-from torchvision.transforms.functional import resize
 
 # Class names in the order of their codes in the annotations, attributes in the order of [report]
 # tables 2-4. The last class of both colours, "multi", is the report's own (section 2): an identity
@@ -316,19 +315,6 @@ def read_image(path):
         raise UserError(f"{path} is not a readable image ({error})") from None
 
 
-def resize_crops(crops, size):
-    """Bring uint8 crops [N, 3, H, W], RGB, to `size`, (height, width), with antialiasing; UserError
-    for anything but such crops."""
-    is_uint8 = torch.is_tensor(crops) and crops.dtype == torch.uint8
-    if not is_uint8 or crops.dim() != 4 or crops.shape[1] != 3:
-        raise UserError("Crops have to be a uint8 tensor [N, 3, H, W], RGB.")
-    if len(crops) == 0:
-        return crops.new_empty(0, 3, *size)
-    if crops.shape[2:] == tuple(size):
-        return crops
-    return resize(crops, size, antialias=True)
-
-
 def split_identities(person_ids, fraction=0.6, seed=0):
     """Split by identity, all crops of one on one side ([report] section 2): int64 [N] ->
     (train [N] bool, validation [N] bool)."""
@@ -336,7 +322,8 @@ def split_identities(person_ids, fraction=0.6, seed=0):
     count = round(fraction * len(identities))
     if count < 2 or len(identities) - count < 2:
         raise UserError(
-            f"{len(identities)} identities are too few to split: either side needs two."
+            f"{len(identities)} identities are too few to split: either side needs two. Give more, "
+            "or train on all by reid.py --identities all."
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(identities), generator=generator)[:count]
@@ -727,8 +714,8 @@ def draw_epoch(sample_epoch, size, generator, args, device):
     batch = min(args.batch, len(items)) // world * world
     if batch < 2 * world:
         raise UserError(
-            f"An epoch has {len(items)} items, too few for {world} processes with two or more "
-            "each: take more crops."
+            f"An epoch has {len(items)} items, too few for a batch, which has two or more for each "
+            "process: take more crops."
         )
     whole = len(items) // batch * batch
     places = torch.arange(count).view(items.shape)[:whole]
@@ -1009,17 +996,24 @@ def torch_load(path):
 
 
 def run(parser, check_flags, main):
-    """Run a script: main(args). The one place where errors become sentences and exit codes."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # as in a service, or closed by the shell
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    """Run a script: main(args). What it says goes nowhere where there is nothing to say it on, as
+    in a service or after a shell's >&-; and from all processes but the first, which speaks for
+    all."""
     first = os.environ.get("RANK", "0") == "0"
-    if not first:  # the first process speaks for all
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        out = sys.stdout if first and sys.stdout is not None else nowhere
+        err = nowhere if sys.stderr is None else sys.stderr
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_main(parser, check_flags, main, first)
+
+
+def run_main(parser, check_flags, main, first):
+    """Run main(args). The one place where errors become sentences and exit codes."""
     try:
         args = parser.parse_args()
         check_flags(parser, args)
-        return main(args)
+        main(args)
+        return
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as of a program that a closed pipe ends

@@ -37,6 +37,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import resize
 
 import common
 from common import ATTRIBUTES, CLASS_COUNTS, UserError
@@ -357,6 +358,19 @@ def most_probable(log_p):
     return classes, torch.stack([b.values for b in best], 1).exp()
 
 
+def resize_crops(crops, size):
+    """Bring uint8 crops [N, 3, H, W], RGB, to `size`, (height, width), with antialiasing; UserError
+    for anything but such crops."""
+    is_uint8 = torch.is_tensor(crops) and crops.dtype == torch.uint8
+    if not is_uint8 or crops.dim() != 4 or crops.shape[1] != 3:
+        raise UserError("Crops have to be a uint8 tensor [N, 3, H, W], RGB.")
+    if len(crops) == 0:
+        return crops.new_empty(0, 3, *size)
+    if crops.shape[2:] == tuple(size):
+        return crops
+    return resize(crops, size, antialias=True)
+
+
 def predict(model, crops, rows=None):
     """Of uint8 crops [N, 3, H, W], or of some rows of them: -> what `most_probable` returns, on the
     CPU."""
@@ -666,7 +680,7 @@ class Recogniser:
         self.size = checkpoint["record"]["arguments"]["size"]
 
     def __call__(self, crops):
-        return predict(self.model, common.resize_crops(crops, self.size))
+        return predict(self.model, resize_crops(crops, self.size))
 
 
 def load_recogniser(path, device="auto"):

@@ -758,13 +758,13 @@ class Embedder:
         self.size = size
 
     def __call__(self, crops):
-        return common.infer(self.model, common.resize_crops(crops, self.size)).features.cpu()
+        return common.infer(self.model, par.resize_crops(crops, self.size)).features.cpu()
 
     def describe(self, crops):
         """Features and attributes: -> (float32 [N, D], log-probabilities of all classes, float32
         [N, 41], or None), on a GPU if the network is, else on the CPU, as ranking takes float64,
         which MPS has not."""
-        crops = common.resize_crops(crops, self.size)
+        crops = par.resize_crops(crops, self.size)
         output = common.infer(self.model, crops)
         logits = None
         if self.predictor is self.model:
@@ -1218,9 +1218,9 @@ class Index:
     def load(self):
         """Read the file; UserError if it is of another checkpoint, or damaged."""
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                origin = [str(part) for part in file["checkpoint"].tolist()]
-                self.arrays = {key: file[f"gallery_{key}"] for key in self.KEYS}
+            with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                origin = [str(part) for part in arrays["checkpoint"].tolist()]
+                self.arrays = {key: arrays[f"gallery_{key}"] for key in self.KEYS}
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} does not exist: write one by --embed NEW.npz --gallery FOLDER."

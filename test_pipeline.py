@@ -203,6 +203,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def picture_of(path):
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def crops_of(root):
     return sorted((root / "bounding_box_train").iterdir())
 
@@ -2353,7 +2358,7 @@ def test_stage_2_records_and_draws_how_sure_it_is(trained):
     calibration = reid.calibrate(torch_load(trained.reid)["distances"])
     expected = {"distance": calibration.half, "share of matches": calibration.share}
     assert record_of(trained.reid)["final"]["same person"] == expected
-    figure_3 = Image.open(trained.reid.with_suffix(".png"))
+    figure_3 = picture_of(trained.reid.with_suffix(".png"))
     assert figure_3.size == (1120, 620)
 
 
@@ -2567,9 +2572,9 @@ def test_predictions_are_drawn_sixty_as_a_sheet_and_twenty_as_maps(trained, mark
     folder = market / "bounding_box_test"
     assert len(os.listdir(folder)) > 60
     run(par, "--eval", trained.par, "--predict", folder, "--sheet", "--maps")
-    sheet = Image.open(tmp_path / "par_sheet.png")
+    sheet = picture_of(tmp_path / "par_sheet.png")
     assert sheet.size == (6 * 166 + 8, 10 * (256 + 13 * 18 + 24) + 8)
-    maps = Image.open(tmp_path / "par_maps.png")
+    maps = picture_of(tmp_path / "par_maps.png")
     assert maps.size == (13 * 166 + 8, 20 * (192 + 18 + 24) + 8)
 
 
@@ -2656,7 +2661,7 @@ def test_an_embedder_gives_what_is_exported(trained, market, tmp_path, run):
 def test_crops_of_any_size_are_brought_to_the_networks_as_files_are(trained, market):
     crops = common.load_market(market, "query", (128, 64)).images
     small = common.load_market(market, "query", (64, 32)).images
-    resized = common.resize_crops(crops, (64, 32))
+    resized = par.resize_crops(crops, (64, 32))
     assert (resized.int() - small.int()).abs().max() <= 1
     embedder = reid.load_embedder(trained.reid)
     assert torch.equal(embedder(crops), embedder(resized))
@@ -2862,7 +2867,7 @@ def upper_edges(picture, y):
 
 def test_ranked_lists_are_drawn_from_the_best_to_the_worst_in_frames(trained, tmp_path, run):
     run(reid, "--eval", trained.reid, "--show", 3)
-    picture = Image.open(tmp_path / "show.png").convert("RGB")
+    picture = picture_of(tmp_path / "show.png")
     assert picture.size == (11 * 166 + 8, 3 * (256 + 2 * 18 + 24) + 8)
 
     match = {ImageColor.getrgb(reid.MATCH)}
@@ -2922,7 +2927,7 @@ def test_search_finds_and_draws_a_copy_of_the_image(trained, market, tmp_path, r
     out, _ = run(reid, "--eval", trained.reid, "--gallery", folder, "--search", query, "--top", 3)
     nearest = table_of(out, "Nearest to")[0]
     assert nearest[3:] == ["%", "12", "of", "12", str(folder / "copy.jpg")]
-    picture = Image.open(tmp_path / "search.png")
+    picture = picture_of(tmp_path / "search.png")
     assert picture.width == 4 * 166 + 8
 
 
@@ -2963,7 +2968,7 @@ def test_finding_ranks_by_the_product_of_the_probabilities(trained, market, tmp_
     assert told == pytest.approx(sorted(product, reverse=True)[:7], rel=0.01)
     own = [product[images.names.index(Path(row[-1]).name)] for row in rows]
     assert told == pytest.approx(own, rel=0.01)
-    picture = Image.open(tmp_path / "find.png")
+    picture = picture_of(tmp_path / "find.png")
     assert picture.size == (5 * 166 + 8, 2 * (256 + 4 * 18 + 24) + 8)
 
 
@@ -3468,6 +3473,21 @@ def on_all(one_camera, tmp_path, run):
     flags = ["--identities", "all", "--recipe", "strong", "--epochs", 3]
     out, _ = run(reid, "--data", one_camera, *QUICK, *flags)
     return SimpleNamespace(root=one_camera, path=tmp_path / "o.pt", out=out)
+
+
+@pytest.mark.parametrize("recipe, crops", [("strong", 1), ("report", 2)])
+def test_two_identities_are_trained_on_in_batches_of_all_there_is(recipe, crops, tmp_path, run):
+    common.draw_market(tmp_path / "two", 2, crops, seed=0)
+    flags = ["--data", tmp_path / "two", "--identities", "all", "--recipe", recipe]
+    out, _ = run(reid, *flags, "--epochs", 2, "--size", "32x32")
+    assert f"{2 * crops} training and 0 validation crops" in out
+    assert "epoch  2/2" in out
+
+
+def test_four_identities_of_one_crop_teach_attributes(tmp_path, run):
+    common.draw_market(tmp_path / "four", 4, 1, seed=0)
+    out, _ = run(par, "--data", tmp_path / "four", "--epochs", 2, "--size", "32x32")
+    assert "2 training and 2 validation crops of 2 and 2 identities" in out
 
 
 def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(on_all):
@@ -4497,7 +4517,7 @@ def test_a_killed_run_resumes_to_the_same_bits(module, market, trained, tmp_path
         wait_for_line(cut, "validation crops")
         time.sleep(random.uniform(0, longest_sleep(whole)))
         cut.kill()
-        cut.wait(60)
+        cut.communicate(timeout=60)
 
         run(*command, out, "--resume")
         check_same_run(whole, out)
@@ -4520,8 +4540,7 @@ def test_two_killed_processes_resume_to_the_same_bits(module, market, trained, p
         killed = cut[1:] if k % 2 == 0 else cut
         for process in killed:
             process.kill()
-        cut[0].wait(60)
-
+        finish(cut)
         for code, _, err in finish(together(2, *command, out, "--resume")):
             assert code == 0, err
         check_same_run(whole, out)
