@@ -2768,6 +2768,18 @@ def test_what_is_no_crops_is_refused_in_a_sentence(crops, trained):
         par.load_recogniser(trained.par)(crops)
 
 
+def test_the_lines_in_readme_embed_and_recognise(trained, market, tmp_path, monkeypatch):
+    shutil.copy(trained.par, tmp_path / "par_best.pt")
+    shutil.copy(trained.reid, tmp_path / "reid_best.pt")
+    monkeypatch.chdir(tmp_path)
+    readme = (HERE / "README.md").read_text("utf-8")
+    (lines,) = re.findall(r"```python\n(import par, reid\n.*?)```", readme, re.DOTALL)
+    names = {"crops": common.load_market(market, "query", (64, 32)).images}
+    exec(lines, names)
+    assert names["features"].shape == (10, 120)
+    assert names["classes"].shape == names["probabilities"].shape == (10, 12)
+
+
 def test_a_network_of_the_other_stage_is_no_embedder(trained):
     with pytest.raises(UserError, match="is a checkpoint of par.py; one of reid.py is needed"):
         reid.load_embedder(trained.par)
