@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -311,6 +311,8 @@ def read_image(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except UnidentifiedImageError:  # whose text has the path again
+        raise UserError(f"{path} is not a readable image") from None
     except Exception as error:  # Pillow raises a dozen types on a damaged file
         raise UserError(f"{path} is not a readable image ({error})") from None
 
