@@ -776,7 +776,7 @@ def walk(top, visited):
     return links, files
 
 
-BLOCK_PIXELS = 2048 * 128 * 64  # of the crops that are read at once: 50 MB
+BLOCK_PIXELS = 512 * 128 * 64  # of the crops that are read at once, as `common.infer` takes them
 
 
 def read_blocks(files, size, seconds):

@@ -1171,7 +1171,7 @@ def export_features(args, embedder, checkpoint, seconds):
 # ------------------------------------------------------------------------------------------
 # The user's images.
 
-BLOCKS_PER_SAVE = 8  # after so many an index is saved
+BLOCKS_PER_SAVE = 32  # after so many an index is saved
 
 
 class Entry(NamedTuple):
