@@ -1011,6 +1011,7 @@ def run(parser, check_flags, main):
 
 def run_main(parser, check_flags, main, first):
     """Run main(args). The one place where errors become sentences and exit codes."""
+    args = None
     try:
         args = parser.parse_args()
         check_flags(parser, args)
@@ -1021,7 +1022,9 @@ def run_main(parser, check_flags, main, first):
         sys.exit(141)  # as of a program that a closed pipe ends
     except KeyboardInterrupt:
         code = 130
-        sentence = "stopped; --resume goes on with a training after its last whole epoch."
+        sentence = "stopped."
+        if args is not None and not args.eval:
+            sentence = "stopped; --resume goes on with a training after its last whole epoch."
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         code = 2
         sentence = explain(error)

@@ -17,6 +17,7 @@
 import argparse
 import copy
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1171,7 +1172,7 @@ def export_features(args, embedder, checkpoint, seconds):
 # ------------------------------------------------------------------------------------------
 # The user's images.
 
-BLOCKS_PER_SAVE = 32  # after so many an index is saved
+SECONDS_PER_SAVE = 60  # of an index that is being written
 
 
 class Entry(NamedTuple):
@@ -1331,12 +1332,20 @@ def update_index(args, embedder, checkpoint, seconds):
 
     new = {file: entry for entry, file in files.items() if entry not in rows}
     dropped = len(rows.keys() - files.keys())
-    blocks = embed_blocks(args, embedder, list(new), seconds)
-    for number, (read, features, log_p) in enumerate(blocks, 1):
-        entries = [new[file] for file in read]
-        rows.update(zip(entries, zip(features, log_p)))
-        if number % BLOCKS_PER_SAVE == 0:  # so that a run that is cut off can go on
+    saved = time.monotonic()
+    try:
+        for read, features, log_p in embed_blocks(args, embedder, list(new), seconds):
+            entries = [new[file] for file in read]
+            rows.update(zip(entries, zip(features, log_p)))
+            if (
+                time.monotonic() - saved > SECONDS_PER_SAVE
+            ):  # so that a run that is killed can go on
+                index.save(rows, files)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if not rows.keys().isdisjoint(files):
             index.save(rows, files)
+        raise
     index.save(rows, files)
 
     count, dimensions = index.arrays["features"].shape

@@ -2660,7 +2660,7 @@ def test_predictions_are_written_block_after_block_until_they_are_stopped(
     whole, _ = run(par, *command)
     with monkeypatch.context() as patch:
         before_call(patch, common, "infer", 4)
-        stopped, _ = run(par, *command, code=130, error="stopped; --resume")
+        stopped, _ = run(par, *command, code=130, error="par.py: stopped.")
     assert stopped.splitlines() == whole.splitlines()[: 1 + 3 * 7]
 
 
@@ -3084,7 +3084,6 @@ def shelf(market, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reid.Embedder, "describe", watched)
     monkeypatch.setattr(par, "BLOCK_PIXELS", 4 * 64 * 32)
-    monkeypatch.setattr(reid, "BLOCKS_PER_SAVE", 2)
     return SimpleNamespace(
         home=home, folder=folder, index=home / "i.npz", names=names, counts=counts
     )
@@ -3118,17 +3117,31 @@ def test_an_index_names_its_files_and_skips_what_is_no_image(trained, run, shelf
     assert shelf.counts == [4] * 5
 
 
-def test_an_index_that_was_cut_off_goes_on_from_its_last_save(trained, run, shelf, monkeypatch):
+def run_out_of_memory():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "act, code, sentence, seconds_per_save",
+    [
+        (press_ctrl_c, 130, "reid.py: stopped.", 99),
+        (run_out_of_memory, 2, "the memory is full", 0),  # in place of a kill
+    ],
+)
+def test_an_index_that_was_cut_off_goes_on(
+    act, code, sentence, seconds_per_save, trained, run, shelf, monkeypatch
+):
+    """It is saved when it is stopped and, for a kill, now and then. Two networks embed a block of
+    crops; the fourth block of crops is cut off."""
+    monkeypatch.setattr(reid, "SECONDS_PER_SAVE", seconds_per_save)
     with monkeypatch.context() as patch:
-        # Two networks embed a block of crops. After two blocks of text and two of crops it is
-        # saved; this is the fourth block of crops.
-        before_call(patch, common, "infer", 7)
-        _, names, _ = write_index(run, trained, shelf, code=130, error="stopped; --resume")
-    assert len(names) == 8
+        before_call(patch, common, "infer", 7, act)
+        _, names, _ = write_index(run, trained, shelf, code=code, error=sentence)
+    assert len(names) == 12
     assert shelf.counts == [4] * 4
     _, names, _ = write_index(run, trained, shelf)
     assert len(names) == 20
-    assert sum(shelf.counts) == 12
+    assert sum(shelf.counts) == 8
 
 
 def test_an_index_answers_as_its_folder_does(trained, run, shelf):
