@@ -597,10 +597,7 @@ def load_validation(args, checkpoint, annotated=True):
     without rows, and maybe without a train set, where that is not the one it was trained on."""
     names = common.list_crops(args.data, "train")
     if not is_same_data(checkpoint["seen"][-1]["names"], names):
-        print(
-            f"\n{args.data} does not hold the train set of {args.eval}: there is no validation, "
-            "but only its test set."
-        )
+        print(f"\n{args.data} does not hold the train set of {args.eval}: no validation.")
         return None, torch.zeros(0, dtype=torch.int64)
     market = load_train(args, annotated)
     validation = torch.isin(market.person_ids, checkpoint["validation_ids"])
@@ -702,24 +699,30 @@ def load_predictor(path):
 
 
 def evaluate(args, record, checkpoint):
-    """Score a checkpoint on the validation identities and on the test identities' gallery crops."""
+    """Score a checkpoint on the validation identities and on the test identities' gallery crops, if
+    they are annotated."""
     model = load_network(checkpoint, args.device)
     seconds = record["seconds"]
     with common.timed(seconds, "loading"):
         market, validation = load_validation(args, checkpoint)
-        test = common.load_market(args.data, "gallery", args.size)
-    annotated = (test.labels >= 0).all(1).nonzero()[:, 0]
-    if len(validation) == len(annotated) == 0:
-        raise UserError(f"{args.data} holds no annotated crops to score but those trained on.")
+        parts = [("validation", market, validation)]
+        if common.list_crops(args.data, "gallery"):
+            test = common.load_market(args.data, "gallery", args.size)
+            parts.append(("test", test, (test.labels >= 0).all(1).nonzero()[:, 0]))
+    scored = [part for part in parts if len(part[2]) > 0]
+    if not scored:
+        raise UserError(
+            f"{args.data} holds no annotated crops to score but those trained on: put "
+            "annotations_test.csv or market_attribute.mat there."
+        )
 
-    for name, part, rows in (("validation", market, validation), ("test", test, annotated)):
-        if len(rows) == 0:
-            print(f"\nNo {name} crops are annotated, or all were trained on: not scored.")
-            continue
+    for name, part, rows in scored:
         people = len(part.person_ids[rows].unique())
         title = f"{args.eval} on {len(rows)} {name} crops of {people} identities (%)"
         with common.timed(seconds, "scoring"):
             score_and_show(title, model, part, rows, checkpoint["commonest"])
+    if scored[-1][0] != "test":
+        print(f"\n{args.data} holds no annotated test crops: these are not scored.")
     say_seconds(seconds)
 
 

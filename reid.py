@@ -1057,19 +1057,12 @@ def evaluate(args, embedder, checkpoint, seconds):
     Hamming parameter tuned on validation."""
     with common.timed(seconds, "loading"):
         market, validation = par.load_validation(args, checkpoint, annotated=False)
-        test_query = common.load_market(args.data, "query", args.size, annotated=False)
-        test_gallery = common.load_market(args.data, "gallery", args.size, annotated=False)
-    # Junk takes no part in anything, nor in the mean distance.
-    real = (test_gallery.person_ids != -1).nonzero()[:, 0]
-    if len(real) == 0:
-        raise UserError(f"{args.data / common.PARTS['gallery']} holds nothing but junk to rank.")
-    with common.timed(seconds, "embedding"):
-        query = embed(embedder, test_query)
-        gallery = embed(embedder, test_gallery, real)
-    places = {test_gallery.names[row]: place for place, row in enumerate(real.tolist())}
-    itself = torch.tensor([places.get(name, -1) for name in test_query.names])
-    query.itself = itself.to(query.ids.device)
-
+        test = None
+        folders = [common.list_crops(args.data, part) for part in ("query", "gallery")]
+        if all(folders) or len(validation) == 0 or args.show:
+            query = common.load_market(args.data, "query", args.size, annotated=False)
+            gallery = common.load_market(args.data, "gallery", args.size, annotated=False)
+            test = (query, gallery)
     hamming = args.hamming
     curve = checkpoint.get("distances")  # of its own validation, where there is none here
     if len(validation) > 0:
@@ -1081,6 +1074,28 @@ def evaluate(args, embedder, checkpoint, seconds):
         curve = scored.curve
     elif hamming is None:
         hamming = len(ATTRIBUTES)  # nothing to tune it on: nothing is rejected
+    if test is None:
+        print(f"\n{args.data} holds no query and bounding_box_test: no test set is scored.")
+    else:
+        score_test_set(args, embedder, *test, hamming, curve, seconds)
+
+
+def score_test_set(args, embedder, test_query, test_gallery, hamming, curve, seconds):
+    """Score a test set, two of `common.Market`, and draw --show of its ranked lists.
+
+    curve: of validation, as of `distance_histograms`, for the probability of the same person; or
+    None."""
+    # Junk takes no part in anything, nor in the mean distance.
+    real = (test_gallery.person_ids != -1).nonzero()[:, 0]
+    if len(real) == 0:
+        raise UserError(f"{args.data / common.PARTS['gallery']} holds nothing but junk to rank.")
+    with common.timed(seconds, "embedding"):
+        query = embed(embedder, test_query)
+        gallery = embed(embedder, test_gallery, real)
+    places = {test_gallery.names[row]: place for place, row in enumerate(real.tolist())}
+    itself = torch.tensor([places.get(name, -1) for name in test_query.names])
+    query.itself = itself.to(query.ids.device)
+
     with common.timed(seconds, "ranking"):
         scored = score_and_show(args, query, gallery, hamming)
     print(

@@ -2473,7 +2473,7 @@ def test_test_crops_without_annotations_are_not_scored(trained, market, tmp_path
     root = shutil.copytree(market, tmp_path / "copy")
     (root / "annotations_test.csv").unlink()
     out, _ = run(par, "--eval", trained.par, "--data", root)
-    assert "No test crops are annotated, or all were trained on: not" in out
+    assert f"{root} holds no annotated test crops: these are not scored." in out
 
 
 def test_statistics_count_crops_and_identities(market, run):
@@ -3455,7 +3455,7 @@ def test_another_data_set_is_scored_by_its_test_set(whole, trained, other, tmp_p
     if not whole:
         shutil.rmtree(root / "bounding_box_train")
     out, _ = run(reid, "--data", root, "--eval", trained.reid)
-    assert f"{root} does not hold the train set of {trained.reid}: there is no validation" in out
+    assert f"{root} does not hold the train set of {trained.reid}: no validation." in out
     assert "validation crops" not in out
 
     run(reid, "--data", root, "--eval", trained.reid, "--embed", tmp_path / "f.npz")
@@ -3485,7 +3485,6 @@ def test_attributes_of_another_data_set_are_scored_beside_the_commonest_of_train
 ):
     out, _ = run(par, "--eval", trained.par, "--data", other)
     assert "does not hold the train set of" in out
-    assert "No validation crops" in out
     rows = table_of(out, "32 test crops of 8 identities", 13)
 
     train = common.load_market(market, "train")
@@ -3500,11 +3499,26 @@ def test_attributes_of_another_data_set_are_scored_beside_the_commonest_of_train
     assert column_of(rows, 1)[:12] == pytest.approx(hits, abs=0.01)
 
 
+def test_a_data_set_without_a_test_set_is_scored_on_validation(trained, market, tmp_path, run):
+    root = shutil.copytree(market, tmp_path / "copy")
+    shutil.rmtree(root / "query")
+    out, _ = run(reid, "--data", root, "--eval", trained.reid)
+    assert "24 validation crops" in out
+    assert f"{root} holds no query and bounding_box_test: no test set is scored." in out
+    error = f"There are no crops in {root / 'query'}: --data takes the folder that holds query."
+    run(reid, "--data", root, "--eval", trained.reid, "--show", 2, error=error)
+
+    shutil.rmtree(root / "bounding_box_test")
+    out, _ = run(par, "--data", root, "--eval", trained.par)
+    assert "24 validation crops" in out
+    assert f"{root} holds no annotated test crops: these are not scored." in out
+
+
 def test_another_data_set_without_annotations_cannot_be_scored(trained, other, tmp_path, run):
     root = shutil.copytree(other, tmp_path / "copy")
     for path in root.glob("*.csv"):
         path.unlink()
-    error = f"{root} holds no annotated crops to score but those trained on."
+    error = f"{root} holds no annotated crops to score but those trained on: put annotations_test"
     run(par, "--eval", trained.par, "--data", root, error=error)
 
 
