@@ -934,7 +934,8 @@ def write_network(path, network, outputs, size):
     float32 in 0..255, as not all that read it take uint8. It computes in float32.
 
     outputs: the names of what it returns; size: (height, width). UserError where packages lack."""
-    network = network.to(memory_format=torch.contiguous_format).eval()  # what a .pt2 can store
+    network = network.to(memory_format=torch.contiguous_format)  # what a .pt2 can store
+    network.eval().requires_grad_(False)
     crops = torch.zeros(2, 3, *size, dtype=torch.uint8)
     any_number = ({0: torch.export.Dim("crops", max=2**31)},)
     if path.suffix == ".pt2":

@@ -2803,7 +2803,9 @@ def test_an_exported_embedder_gives_the_same_features_to_the_bit(
     exported = torch.export.load(path).module()
     embedder = reid.load_embedder(strong.reid)
     for count in (1, 2, 5):
-        assert torch.equal(exported(strong_crops[:count]), embedder(strong_crops[:count]))
+        features = exported(strong_crops[:count])
+        assert torch.equal(features, embedder(strong_crops[:count]))
+        assert not features.requires_grad  # so that .numpy() works
 
 
 @pytest.mark.parametrize("source", ["par", "reid"])
