@@ -219,7 +219,7 @@ def check_annotations(source, columns):
     # NumPy names the second of two equal columns with _1.
     missing = [name for name in highest if name not in columns or f"{name}_1" in columns]
     if missing:
-        raise UserError(f"{source} does not have one column of each name: {name_some(missing)}.")
+        raise UserError(f"{source} lacks columns, or has them twice: {name_some(missing)}.")
 
     wrong = []
     for name, high in highest.items():

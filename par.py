@@ -366,6 +366,8 @@ def resize_crops(crops, size):
         raise UserError("Crops have to be a uint8 tensor [N, 3, H, W], RGB.")
     if len(crops) == 0:
         return crops.new_empty(0, 3, *size)
+    if min(crops.shape[2:]) < 1:
+        raise UserError("Crops have to be one pixel high and wide, or more.")
     if crops.shape[2:] == tuple(size):
         return crops
     return resize(crops, size, antialias=True)
@@ -572,9 +574,10 @@ def check_unseen(seen, market, validation, source):
         trained_on = torch.isin(people, data["train_ids"]).any()
         if trained_on and is_same_data(data["names"], market.names):
             raise UserError(
-                f"{source} was trained on people of this data set that would be validated on. To "
-                "go on with the same people pass reid.py --init FILE, a checkpoint of par.py, "
-                "which keeps its split; --weights FILE is for others."
+                f"{source} was trained on people of this data set, known by the names of their "
+                "crops, that would be validated on. If these are others, give their crops other "
+                "names; else keep the split, by the same --seed, or by reid.py --init FILE, a "
+                "checkpoint of par.py."
             )
 
 
@@ -1016,7 +1019,8 @@ def shared_flags(parser, defaults, out, rungs):
         "--size",
         type=image_size,
         metavar="HxW",
-        help="height x width that crops are resized to (128x64, or the checkpoint's)",
+        help="height x width that crops are resized to (128x64, or as --init or --eval was "
+        "trained)",
     )
     group.add_argument(
         "--seed",

@@ -2758,13 +2758,14 @@ def test_of_no_crops_there_are_no_features_and_no_attributes(size, trained):
         torch.zeros(2, 3, 64, 32),
         torch.zeros(3, 64, 32, dtype=torch.uint8),
         torch.zeros(2, 64, 32, 3, dtype=torch.uint8),
+        torch.zeros(2, 3, 0, 32, dtype=torch.uint8),
     ],
-    ids=["array", "float", "one crop", "channels last"],
+    ids=["array", "float", "one crop", "channels last", "no pixels"],
 )
 def test_what_is_no_crops_is_refused_in_a_sentence(crops, trained):
-    with pytest.raises(UserError, match="Crops have to be a uint8 tensor"):
+    with pytest.raises(UserError, match="Crops have to be "):
         reid.load_embedder(trained.reid)(crops)
-    with pytest.raises(UserError, match="Crops have to be a uint8 tensor"):
+    with pytest.raises(UserError, match="Crops have to be "):
         par.load_recogniser(trained.par)(crops)
 
 
@@ -3570,7 +3571,7 @@ def test_people_of_the_first_of_three_runs_are_not_validated_on_in_the_last(
     first.unlink()
     run(*command, "--out", second, "--resume")
 
-    error = ".pt was trained on people of this data set that would be validated on."
+    error = ".pt was trained on people of this data set, known by"
     run(par, *QUICK, "--weights", second, "--seed", 3, error=f"second{error}")
     third = tmp_path / "third.pt"
     run(reid, "--data", other, *QUICK, "--init", second, "--out", third)
@@ -4812,8 +4813,8 @@ def test_the_end_of_another_process_is_told_where_there_are_several(monkeypatch,
 
 TABLE = csv_text(ROWS)
 BROKEN_TABLES = [
-    (TABLE.replace("hat", "cap"), "does not have one column of each name: hat."),
-    (TABLE.replace("bag", "age", 1), "does not have one column of each name: age, bag."),
+    (TABLE.replace("hat", "cap"), "lacks columns, or has them twice: hat."),
+    (TABLE.replace("bag", "age", 1), "lacks columns, or has them twice: age, bag."),
     (TABLE.replace("\n1,", "\n1,1,"), "cannot be read as annotations (ValueError"),
     (csv_text([*ROWS, ROWS[1]]), "names identities twice: 2."),
     (TABLE, "that have crops in bounding_box_train: 3, 4, 5, 6, 7 and 3 more."),
@@ -4978,8 +4979,8 @@ par --eval N/swapped: swapped is of another version of this code, or another bac
 par --eval N/code: code is not a readable checkpoint (UnpicklingError)
 par --weights N/state: is neither a checkpoint of par.py or reid.py nor a state dict of
 par --weights N/older: older is of another version of this code, or another backbone or data
-par --weights T/par.pt --seed 3: par.pt was trained on people of this data set that would
-reid --weights T/reid.pt --seed 3: pass reid.py --init FILE, a checkpoint of par.py, which keeps its
+par --weights T/par.pt --seed 3: par.pt was trained on people of this data set, known by the names
+reid --weights T/reid.pt --seed 3: by the same --seed, or by reid.py --init FILE, a checkpoint of
 """
 
 
