@@ -448,6 +448,14 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16")
 
 
+def in_float32(device):
+    """A context in which autocast is off, as bfloat16 has three digits. Where it is off already, as
+    in an exported network, this leaves no trace."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class Backbone(nn.Module):
     """ResNet18 ([report] reference 2) without its classifier: crops [B, 3, H, W] in 0..255 -> (the
     last feature map [B, width, h, w], its mean over the places [B, width]).

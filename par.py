@@ -157,8 +157,7 @@ class JointNet(nn.Module):
         if self.heads is not None:
             logits = self.heads(maps, features)
 
-        # From here on in float32: bfloat16 has three digits.
-        with torch.autocast(crops.device.type, enabled=False):
+        with common.in_float32(crops.device):
             features = features.float()
             necked = self.neck(features)
             if self.training:
@@ -940,34 +939,41 @@ def write_network(path, network, outputs, size):
     network = network.to(memory_format=torch.contiguous_format)  # what a .pt2 can store
     network.eval().requires_grad_(False)
     crops = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    if path.suffix == ".onnx":
+        crops = crops.float()
     any_number = ({0: torch.export.Dim("crops", max=2**31)},)
+    # Not strict: PyTorch 2.6 cannot read its own file of a strict one.
+    program = torch.export.export(network, (crops,), dynamic_shapes=any_number, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which has the folders of this machine
     if path.suffix == ".pt2":
-        # Not strict: PyTorch 2.6 cannot read its own file of a strict one.
-        program = torch.export.export(network, (crops,), dynamic_shapes=any_number, strict=False)
         common.write_whole(path, lambda file: torch.export.save(program, file))
     else:
-        if not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
-            raise UserError(f"Writing {path} takes two packages: pip install onnx onnxscript.")
-        try:
-            program = torch.onnx.export(
-                network,
-                (crops.float(),),
-                input_names=["crops"],
-                output_names=outputs,
-                dynamic_shapes=any_number,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise UserError(
-                f"PyTorch {torch.__version__} cannot write ONNX with these onnx and onnxscript "
-                f"({type(error).__name__}): install newer ones of all three, or write a .pt2."
-            ) from None
-        model = program.model_proto.SerializeToString()
+        model = convert_to_onnx(path, program, outputs)
         common.write_whole(path, lambda file: file.write(model))
     kind = "uint8" if path.suffix == ".pt2" else "float32, 0 to 255"
     print(f"{path}: crops [N, 3, {size[0]}, {size[1]}], {kind}, RGB -> {' and '.join(outputs)}")
+
+
+def convert_to_onnx(path, program, outputs):
+    """The bytes of an exported program as .onnx, for file `path`."""
+    if not (importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript")):
+        raise UserError(f"Writing {path} takes two packages: pip install onnx onnxscript.")
+    try:
+        converted = torch.onnx.export(
+            program,
+            input_names=["crops"],
+            output_names=outputs,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        return converted.model_proto.SerializeToString()
+    except Exception as error:  # of three packages, which may not fit together
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot write ONNX with these onnx and onnxscript "
+            f"({type(error).__name__}): install newer ones of all three, or write a .pt2."
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------

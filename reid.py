@@ -193,8 +193,7 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, crops):
         _, features = self.backbone(crops)
-        # From here on in float32: bfloat16 has three digits.
-        with torch.autocast(features.device.type, enabled=False):
+        with common.in_float32(features.device):
             return par.Output(features=self.embed(features.float()))
 
 
