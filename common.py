@@ -906,7 +906,8 @@ def set_aside(out):
     run goes on with that."""
     if processes()[0] > 0 or not out.exists():
         return
-    for path in (out.with_suffix(".json"), out.with_suffix(".png"), out):
+    for name in (out.with_suffix(".json"), out.with_suffix(".png"), out):
+        path = Path(os.path.realpath(name))  # so that a link stays
         if path.exists():
             old = path.with_suffix(f".old{path.suffix}")
             path.replace(old)
@@ -951,7 +952,7 @@ def write_whole(path, write):
     it points to, whole or not at all; only the first process does."""
     if processes()[0] > 0:
         return
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     # To memory first, as torch.save hides a full disk, and Ctrl-C, behind errors of its own.
     buffer = io.BytesIO()
     write(buffer)

@@ -750,8 +750,9 @@ def list_files(paths):
         for file in sorted(inside):
             if file.is_file():
                 files.append(file)
-            elif file.is_symlink():
-                print(f"Skipped: {common.printable(str(file))} is a dead link.", file=sys.stderr)
+            else:
+                name = common.printable(str(file))
+                print(f"Skipped: {name} is no file, nor a link to one.", file=sys.stderr)
     return files
 
 
@@ -766,14 +767,14 @@ def walk(top, visited):
     links = []
     files = []
     for folder, folders, names in os.walk(top, onerror=name_skipped):
-        real = Path(folder).resolve()
+        real = Path(os.path.realpath(folder))
         shown = [name for name in folders if not common.is_ignored(name)]
         folders.clear()  # what is in it from here on is walked on in
         if real in visited:
             continue
         visited.add(real)
         for name in sorted(shown):
-            if (real / name).resolve() == real / name:
+            if os.path.realpath(real / name) == str(real / name):
                 folders.append(name)
             else:
                 links.append(Path(folder, name))
@@ -781,18 +782,14 @@ def walk(top, visited):
     return links, files
 
 
-BLOCK_PIXELS = 512 * 128 * 64  # of the crops that are read at once, as `common.infer` takes them
-
-
 def read_blocks(files, size, seconds):
     """Read files in blocks, in bounded memory: yields (uint8 crops [n, 3, H, W] of `size`, their n
     files). What cannot be read is named on stderr, and so is, on a terminal, how far it is."""
-    count = max(1, BLOCK_PIXELS // (size[0] * size[1]))
+    count = max(1, common.BLOCK_PIXELS // (size[0] * size[1]))
     begin = time.perf_counter()
     for start in range(0, len(files), count):
         with common.timed(seconds, "reading"):
             crops, read = common.read_crops(files[start : start + count], size, skip=True)
-        common.show_line("")
         if read:
             yield crops, read
         done = min(start + count, len(files))
@@ -1122,7 +1119,9 @@ def start(args, source=None, checkpoint=None, data=True):
     keep_freed_memory()
 
     if args.out.is_symlink():
-        args.out = args.out.resolve()  # so that the files beside it are one run's, too
+        args.out = Path(
+            os.path.realpath(args.out)
+        )  # so that the files beside it are one run's, too
     size = args.size or (128, 64)
     if checkpoint is not None:
         size = checkpoint["record"]["arguments"]["size"]
@@ -1279,7 +1278,8 @@ def describe_start(args, record, source, data):
     if not args.eval:
         parts.append(f"seed {args.seed}")
     lines.append(" | ".join(parts))
-    print("\n".join(lines), file=sys.stdout if data else sys.stderr, flush=True)
+    for line in lines:
+        print(common.printable(line), file=sys.stdout if data else sys.stderr, flush=True)
 
 
 def check_output(path, suffix):
@@ -1287,7 +1287,7 @@ def check_output(path, suffix):
     will give to one: better before it than after."""
     if path.is_dir() or path.suffix != suffix:
         raise UserError(f"{path} is no name for the file to write: give one that ends in {suffix}.")
-    target = path.resolve()  # where it points, if it is a link
+    target = Path(os.path.realpath(path))  # where it points, if it is a link
     if suffix == ".pt":
         target = target.with_suffix(".old.json")
     probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # as `common.write_whole` has it

@@ -1329,7 +1329,7 @@ def embed_blocks(args, embedder, files, seconds):
 def update_index(args, embedder, checkpoint, seconds):
     """Embed the crops in --gallery into the index --embed: what is new in the folder is embedded,
     what is known is kept, and what is not there any more is dropped."""
-    home = args.embed.parent.resolve()
+    home = Path(os.path.realpath(args.embed)).parent
     files = {describe_file(file, home): file for file in list_images(args.gallery)}
     index = Index(args.embed, checkpoint)
     rows = {}

@@ -2586,7 +2586,7 @@ def test_links_to_folders_are_followed_and_each_real_folder_once(tmp_path, capsy
 
     expected = ["4.png", "b/1.png", "b/below/2.png", "c/3.png"]
     assert par.list_files([top]) == [top / name for name in expected]
-    assert capsys.readouterr().err == f"Skipped: {top / '5.png'} is a dead link.\n"
+    assert capsys.readouterr().err == f"Skipped: {top / '5.png'} is no file, nor a link to one.\n"
 
 
 def test_what_a_system_puts_beside_pictures_is_not_looked_at(tmp_path):
@@ -3213,6 +3213,20 @@ def test_an_index_can_be_reached_by_a_link(trained, tmp_path, run, shelf):
     query = shelf.folder / shelf.names[0]
     direct = ask(run, trained, shelf.index, query)
     assert ask(run, trained, link / "i.npz", query) == direct
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
+def test_an_index_is_written_where_a_link_points(trained, tmp_path, run, shelf):
+    real = tmp_path / "elsewhere" / "real.npz"
+    real.parent.mkdir()
+    shelf.index.symlink_to(real)
+    write_index(run, trained, shelf)
+    assert shelf.index.is_symlink()
+    query = shelf.folder / shelf.names[0]
+    for index in (shelf.index, real):
+        rows, err = ask(run, trained, index, query)
+        assert Path(rows[0][-1]).is_file()
+        assert "does not exist" not in err
 
 
 def test_an_index_is_not_replaced_by_other_embeddings(trained, market, run, shelf):
