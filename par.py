@@ -524,21 +524,31 @@ def fit_text(text, pen, font, width):
 def load_train(args, annotated=True):
     """The train set; UserError if it holds junk or, where annotations are needed, none."""
     market = common.load_market(args.data, "train", args.size, annotated)
-    nobody = (market.person_ids < 1).nonzero()[:, 0].tolist()
-    if nobody:
-        names = common.name_some([market.names[row] for row in nobody])
-        free = market.person_ids.max().item() + 1
-        raise UserError(
-            "Identity 0 stands for distractors and -1 for junk, which are not trained on, in "
-            f"{args.data / common.PARTS['train']}: {names}. Move them away or, if 0 is a person, "
-            f"give it a free number in all their names: {free:04d} for 0."
-        )
+    refuse_nobody(market, args.data, "train")
     if annotated and (market.labels < 0).any():
         raise UserError(
             f"{args.data}: no annotations in annotations_train.csv or market_attribute.mat. Put "
             "one there; reid.py needs none, but with --recipe strong add --without attributes."
         )
     return market
+
+
+def refuse_nobody(market, root, part):
+    """UserError where a part of the data set in folder `root` that has to show people holds
+    distractors or junk."""
+    nobody = (market.person_ids < 1).nonzero()[:, 0].tolist()
+    if not nobody:
+        return
+    names = common.name_some([market.names[row] for row in nobody])
+    taken = [0]
+    for other in common.PARTS:
+        numbers = [common.parse_crop_name(name) for name in common.list_crops(root, other)]
+        taken += [person_id for person_id, _ in filter(None, numbers)]
+    raise UserError(
+        "Identity 0 stands for distractors and -1 for junk, which are only looked at in the "
+        f"gallery, but {root / common.PARTS[part]} holds {names}. Move them away or, if 0 is a "
+        f"person, give it a free number in all their names: {max(taken) + 1:04d} for 0."
+    )
 
 
 def describe_split(market, rows, validation, seen):

@@ -635,7 +635,9 @@ def distance_histograms(query, gallery=None, bins=1000):
     top = 1e-6
     cross_camera = False
     for rows, distances in distance_chunks(query, gallery):
-        top = max(top, distances[distances.isfinite()].max().item())
+        finite = distances[distances.isfinite()]
+        if len(finite) > 0:
+            top = max(top, finite.max().item())
         same = shown.ids == query.ids[rows, None]
         across = shown.cameras != query.cameras[rows, None]
         cross_camera = cross_camera or bool((same & across).any())
@@ -658,14 +660,14 @@ def distance_histograms(query, gallery=None, bins=1000):
         "edges": torch.linspace(0, top, bins + 1, dtype=torch.float64),
         "matches": matches,
         "others": others,
-        "mean": total / pairs,
+        "mean": total / max(1, pairs),
         "cross_camera": cross_camera,
     }
 
 
 def describe_pairs(curve):
     """Which pairs a curve, as of `distance_histograms`, counts."""
-    return "pairs across cameras" if curve["cross_camera"] else "pairs"
+    return "pairs across cameras" if curve["cross_camera"] else "pairs within cameras"
 
 
 class Calibration(NamedTuple):
@@ -989,7 +991,10 @@ def score_and_show(args, query, gallery, hamming):
         title = f"{args.eval or args.out}, {crops} crops, {protocol}"
         if not curve["cross_camera"]:
             title += ", as no identity is seen by two"
-        show_scores(f"{title}: {scores['none']['queries']} queries (%)", scores)
+        queries = str(scores["none"]["queries"])
+        if scores["none"]["queries"] < len(query.ids):
+            queries += f" of {len(query.ids)}"  # the others have no match
+        show_scores(f"{title}: {queries} queries (%)", scores)
 
     said = f"threshold: distance < {threshold:.3f}"
     if args.threshold == "mean":
@@ -1084,6 +1089,7 @@ def score_test_set(args, embedder, test_query, test_gallery, hamming, curve, sec
 
     curve: of validation, as of `distance_histograms`, for the probability of the same person; or
     None."""
+    par.refuse_nobody(test_query, args.data, "query")
     # Junk takes no part in anything, nor in the mean distance.
     real = (test_gallery.person_ids != -1).nonzero()[:, 0]
     if len(real) == 0:
@@ -1103,6 +1109,8 @@ def score_test_set(args, embedder, test_query, test_gallery, hamming, curve, sec
     )
     if curve is not None:
         show_calibration("test set", calibrate(curve, args.prior), scored.curve, args.prior)
+        if curve["cross_camera"] != scored.curve["cross_camera"]:
+            print(f"It is learned from {describe_pairs(curve)}, so it does not hold for these.")
     if args.show:
         path = args.out.with_name("show.png")
         cross_camera = scored.curve["cross_camera"]

@@ -3445,6 +3445,42 @@ def test_a_test_set_of_one_camera_is_scored_within_it_without_the_query_itself(
     assert list(map(float, row[1:5])) == pytest.approx(expected, abs=0.01)
 
 
+def test_queries_are_people(one_camera, trained, run):
+    query = sorted((one_camera / "query").iterdir())[0]
+    query.rename(query.with_stem("0000_c3_1"))
+    error = f"{one_camera / 'query'} holds 0000_c3_1.jpg. Move them away or, if 0 is a person,"
+    run(reid, "--data", one_camera, "--eval", trained.reid, error=error)
+
+
+def test_a_query_that_is_all_its_gallery_has_no_match(one_camera, trained, run):
+    both = [one_camera / "query", one_camera / "bounding_box_test"]
+    kept = sorted(both[0].iterdir())[4].name
+    for folder in both:
+        for path in folder.iterdir():
+            if path.name != kept:
+                path.unlink()
+    error = "No query has a match in the gallery, so there is nothing to score."
+    run(reid, "--data", one_camera, "--eval", trained.reid, error=error)
+
+
+def test_the_title_tells_how_many_queries_have_a_match(one_camera, trained, run):
+    for folder in ("query", "bounding_box_test"):
+        for path in (one_camera / folder).glob("0012_*"):
+            if folder == "query":
+                path.rename(path.with_name(path.name.replace("_c3", "_c4")))
+    out, _ = run(reid, "--data", one_camera, "--eval", trained.reid)
+    assert "gallery crops, across cameras: 1 of 10 queries (%)" in out
+    assert "It is learned from" not in out.split("test set")[0]
+
+
+def test_a_probability_learned_within_cameras_is_not_promised_across_them(
+    one_camera, market, tmp_path, run
+):
+    run(reid, "--data", one_camera, *QUICK)
+    out, _ = run(reid, "--eval", tmp_path / "o.pt")
+    assert "It is learned from pairs within cameras, so it does not hold for these." in out
+
+
 def test_histograms_of_one_camera_count_all_pairs():
     crops = crops_of_people(50, spread=0.5)
     crops.cameras = torch.ones_like(crops.ids)
@@ -4876,11 +4912,11 @@ def test_broken_annotations_are_named_in_a_sentence(table, sentence, root, run):
     [
         (
             ["-1_c1.jpg", "0000_c1.jpg"],
-            "bounding_box_train: -1_c1.jpg, 0000_c1.jpg. Move them away",
+            "bounding_box_train holds -1_c1.jpg, 0000_c1.jpg. Move them",
         ),
         (
             ["0000_c1.jpg"],
-            "if 0 is a person, give it a free number in all their names: 0011 for 0.",
+            "if 0 is a person, give it a free number in all their names: 0021 for 0.",
         ),
         (["notes.txt", "2_c.png"], "bounding_box_train: 2_c.png, notes.txt. Rename that or move"),
         (["2_c1234567890.png"], "Not named like a crop of Market-1501 (0002_c1s1_000451_03.jpg:"),
