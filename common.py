@@ -570,7 +570,10 @@ class TrainingStep(nn.Module):
         return self.loss(output, rows)
 
 
-def infer(model, crops, rows=None, pixels=512 * 128 * 64):
+BLOCK_PIXELS = 512 * 128 * 64  # of the crops that a network takes at once
+
+
+def infer(model, crops, rows=None, pixels=BLOCK_PIXELS):
     """Run `model` in evaluation mode over crops[rows], so many pixels at once: -> what it returns,
     a NamedTuple of float32 tensors or None, of all rows, on its device."""
     if rows is None:

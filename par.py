@@ -605,15 +605,19 @@ def saved_split(checkpoint, market, path):
 
 
 def load_validation(args, checkpoint, annotated=True):
-    """What a checkpoint was validated on: -> (the train set of --data, int64 [n] rows of it);
-    without rows, and maybe without a train set, where that is not the one it was trained on."""
+    """What a checkpoint was validated on: -> (the train set of --data, int64 [n] rows of it), or
+    (None, no rows), which is said."""
     names = common.list_crops(args.data, "train")
-    if not is_same_data(checkpoint["seen"][-1]["names"], names):
-        print(f"\n{args.data} does not hold the train set of {args.eval}: no validation.")
-        return None, torch.zeros(0, dtype=torch.int64)
-    market = load_train(args, annotated)
-    validation = torch.isin(market.person_ids, checkpoint["validation_ids"])
-    return market, validation.nonzero()[:, 0]
+    if len(checkpoint["validation_ids"]) == 0:
+        reason = f"{args.eval} was trained on all identities"
+    elif not is_same_data(checkpoint["seen"][-1]["names"], names):
+        reason = f"{args.data} does not hold the train set of {args.eval}"
+    else:
+        market = load_train(args, annotated)
+        validation = torch.isin(market.person_ids, checkpoint["validation_ids"])
+        return market, validation.nonzero()[:, 0]
+    print(f"\n{reason}: no validation.")
+    return None, torch.zeros(0, dtype=torch.int64)
 
 
 def train(args, record, market, split):
@@ -724,8 +728,8 @@ def evaluate(args, record, checkpoint):
     scored = [part for part in parts if len(part[2]) > 0]
     if not scored:
         raise UserError(
-            f"{args.data} holds no annotated crops to score but those trained on: put "
-            "annotations_test.csv or market_attribute.mat there."
+            f"{args.data} holds no annotated crops to score: put annotations_test.csv or "
+            "market_attribute.mat there."
         )
 
     for name, part, rows in scored:
@@ -1172,14 +1176,16 @@ def start(args, source=None, checkpoint=None, data=True):
 
 
 def choose_device(asked):
-    """The name of the device to compute on; UserError where PyTorch finds none of that name, or one
-    that cannot compute, as an old GPU or a virtual Mac."""
+    """The name of the device to compute on, which is asked for as "auto", "cuda", "cuda:1" or a
+    torch.device; UserError where PyTorch finds none of that name, or one that cannot compute, as an
+    old GPU or a virtual Mac."""
+    asked = str(asked)
     best = "cpu"
     if torch.cuda.is_available():
         best = "cuda"
     elif torch.backends.mps.is_available() and "RANK" not in os.environ:
         best = "mps"  # which cannot send to other processes
-    if asked not in ("auto", "cpu", best):
+    if asked.partition(":")[0] not in ("auto", "cpu", best):
         raise UserError(
             f"PyTorch {torch.__version__} finds no {asked} device here: pass --device {best}."
         )

@@ -2655,7 +2655,7 @@ def test_predictions_are_drawn_sixty_as_a_sheet_and_twenty_as_maps(trained, mark
 def test_predictions_are_written_block_after_block_until_they_are_stopped(
     trained, market, run, monkeypatch
 ):
-    monkeypatch.setattr(par, "BLOCK_PIXELS", 7 * 64 * 32)  # seven crops
+    monkeypatch.setattr(common, "BLOCK_PIXELS", 7 * 64 * 32)  # seven crops
     command = ["--eval", trained.par, "--predict", market / "query", market / "bounding_box_test"]
     whole, _ = run(par, *command)
     with monkeypatch.context() as patch:
@@ -2669,7 +2669,7 @@ def test_how_far_a_prediction_is_is_shown_and_cleared_before_lines_that_stay(
 ):
     shown = []
     monkeypatch.setattr(common, "show_line", shown.append)
-    monkeypatch.setattr(par, "BLOCK_PIXELS", 4 * 64 * 32)
+    monkeypatch.setattr(common, "BLOCK_PIXELS", 4 * 64 * 32)
     run(par, "--eval", trained.par, "--predict", market / "query")
     told = [text for text in shown if text]
     assert [text.split(",")[0] for text in told] == [
@@ -3098,7 +3098,7 @@ def shelf(market, tmp_path, monkeypatch):
         return describe(embedder, crops)
 
     monkeypatch.setattr(reid.Embedder, "describe", watched)
-    monkeypatch.setattr(par, "BLOCK_PIXELS", 4 * 64 * 32)
+    monkeypatch.setattr(common, "BLOCK_PIXELS", 4 * 64 * 32)
     return SimpleNamespace(
         home=home, folder=folder, index=home / "i.npz", names=names, counts=counts
     )
@@ -3583,7 +3583,7 @@ def test_another_data_set_without_annotations_cannot_be_scored(trained, other, t
     root = shutil.copytree(other, tmp_path / "copy")
     for path in root.glob("*.csv"):
         path.unlink()
-    error = f"{root} holds no annotated crops to score but those trained on: put annotations_test"
+    error = f"{root} holds no annotated crops to score: put annotations_test.csv or market_att"
     run(par, "--eval", trained.par, "--data", root, error=error)
 
 
@@ -3680,7 +3680,8 @@ def test_training_on_all_identities_needs_no_split_and_keeps_the_last_epoch(on_a
 
 def test_a_run_on_all_identities_is_scored_on_the_test_set_alone(on_all, run):
     out, _ = run(reid, "--data", on_all.root, "--eval", on_all.path)
-    assert "validation" not in out
+    assert f"{on_all.path} was trained on all identities: no validation." in out
+    assert "validation crops" not in out
     assert "test set" in out
     assert "at most 12 of 12" in out
 
@@ -5200,6 +5201,8 @@ def test_the_fastest_device_there_is_chosen(cuda, mps, rank, best, monkeypatch):
     assert par.choose_device("auto") == best
     assert par.choose_device(best) == best
     assert par.choose_device("cpu") == "cpu"
+    assert par.choose_device(torch.device("cpu")) == "cpu"
+    assert par.choose_device(f"{best}:0") == f"{best}:0"
 
 
 if __name__ == "__main__":  # as `start` starts it
