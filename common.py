@@ -904,7 +904,7 @@ def load_training_state(checkpoint, args, training_step, optimizers, generator):
 
 
 def set_aside(out):
-    """Rename an earlier run's record, figure 3 and checkpoint, if it has come so far as to have
+    """Rename an earlier run's record, picture and checkpoint, if it has come so far as to have
     one, to NAME.old.json and so on. The checkpoint is the last: after a kill in between the next
     run goes on with that."""
     if processes()[0] > 0 or not out.exists():

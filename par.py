@@ -444,7 +444,7 @@ def show_scores(title, scores):
 # ------------------------------------------------------------------------------------------
 # Tables and pictures of both scripts.
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: told apart by the colour-blind
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, for the colour-blind too
 INK = "#222222"
 GREY = "#8a8a8a"
 
@@ -507,6 +507,71 @@ def draw_sheet(path, rows, height=256):
                 text = fit_text(text, pen, font, cell_width - 2 * margin)
                 pen.text((x, y + height + margin + line_height * j), text, colour, font)
     write_picture(path, picture)
+
+
+def draw_chart(title, lines, bottom, left, right, left_colour=INK, right_colour=INK):
+    """Draw lines, with a legend of their names: -> Pillow image of 1120 x 620 pixels.
+
+    lines: dict of name -> points, float [n, 2], from 0 to 1 across and upwards. bottom: list of
+    (place from 0 to 1, text); left, right: five texts each, from the bottom to the top."""
+    font = ImageFont.load_default(40)
+    picture = Image.new("RGB", (2240, 1240), "white")  # twice as large, to be reduced
+    pen = ImageDraw.Draw(picture)
+    pen.text((40, 60), title, INK, font, "lm")
+    for place, text in bottom:
+        pen.text((140 + 1940 * place, 1160), text, INK, font, "ma")
+    for k, text in enumerate(left):
+        pen.text((118, 1140 - 990 * k / 4), text, left_colour, font, "rm")
+    for k, text in enumerate(right):
+        pen.text((2102, 1140 - 990 * k / 4), text, right_colour, font, "lm")
+
+    legend = 2200
+    for (name, points), colour in zip(lines.items(), COLOURS):
+        pixels = [(140 + 1940 * x, 1140 - 990 * y) for x, y in points.tolist()]
+        pen.line(pixels, colour, 8, joint="curve")
+        if len(pixels) < 100:  # few enough to be seen each
+            for pixel in pixels:
+                pen.circle(pixel, 10, colour)
+        pen.text((legend, 60), name, colour, font, "rm")
+        legend -= pen.textlength(name, font) + 60
+    return picture.reduce(2)
+
+
+def draw_training(record):
+    """Draw the loss, and the figures on validation in per cent, over the epochs of a record: -> as
+    `draw_chart`."""
+    epochs = record["epochs"]
+    count = len(epochs)
+    places = torch.linspace(0, 1, count)
+    highest = max([1e-9] + [row["loss"] for row in epochs])
+    values = {"loss": [row["loss"] / highest for row in epochs]}
+    for name in record["metrics"]:
+        if name != "epoch":  # which stands for none
+            values[name] = [row[name] for row in epochs]
+    lines = {}
+    for name, heights in values.items():
+        lines[name] = torch.stack([places, torch.tensor(heights)], 1)
+
+    shown = torch.linspace(1, count, min(count, 5)).round().int().tolist()
+    bottom = [((epoch - 1) / max(1, count - 1), str(epoch)) for epoch in shown]
+    left = [f"{highest * k / 4:.2g}" for k in range(5)]
+    right = [f"{25 * k} %" for k in range(5)]
+    title = f"Training: epoch {record['best epoch']} of {count} is the best"
+    if len(lines) == 1:
+        title = f"Training: {count} epochs"
+        right = []
+    return draw_chart(title, lines, bottom, left, right, left_colour=COLOURS[0])
+
+
+def stack_pictures(pictures):
+    """One picture above the other: Pillow images of one width -> Pillow image."""
+    height = sum(picture.height for picture in pictures)
+    whole = Image.new("RGB", (pictures[0].width, height))
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
 
 
 def fit_text(text, pen, font, width):
@@ -652,6 +717,7 @@ def train(args, record, market, split):
     for name, values in scores.items():
         rounded[name] = {attribute: round(value, 4) for attribute, value in values.items()}
     record["final"] = {"best epoch": record["best epoch"], "validation": rounded}
+    write_picture(args.out.with_suffix(".png"), draw_training(record))
     common.write_record(args.out, record)
     say_seconds(record["seconds"])
     return scores

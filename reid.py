@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
@@ -904,9 +903,13 @@ def train(args, record, stage_1, market, split):
         model, market.images, sample_epoch, loss, validate if scored else None, args, checkpoint
     )
     record["final"] = {"best epoch": record["best epoch"]}
+    pictures = [par.draw_training(record)]
     if scored:
         with common.timed(record["seconds"], "scoring"):
-            record["final"] |= finish(args, checkpoint, market, validation)
+            final, figure_3 = finish(args, checkpoint, market, validation)
+        record["final"] |= final
+        pictures.insert(0, figure_3)
+    par.write_picture(args.out.with_suffix(".png"), par.stack_pictures(pictures))
     common.write_record(args.out, record)
     par.say_seconds(record["seconds"])
     return record["final"].get("validation")
@@ -923,16 +926,15 @@ def check_matches(market, validation):
 
 
 def finish(args, checkpoint, market, validation):
-    """Score the best epoch on validation and draw figure 3: -> what the record says of it."""
+    """Score the best epoch on validation: -> (what the record says of it, figure 3)."""
     crops = embed(make_embedder(checkpoint, args.device), market, validation)
     scored = score_and_show(args, crops, None, args.hamming)
     calibration = calibrate(scored.curve, args.prior)
-    draw_distances(args.out.with_suffix(".png"), scored.curve, calibration)
     print(
         f"same person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
         f"{100 * calibration.share:.3g} % of the {describe_pairs(scored.curve)} match"
     )
-    return {
+    final = {
         "validation": scored.results,
         "threshold": scored.threshold,
         "hamming": scored.hamming,
@@ -941,6 +943,7 @@ def finish(args, checkpoint, market, validation):
             "share of matches": calibration.share,
         },
     }
+    return final, draw_distances(scored.curve, calibration)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1023,37 +1026,29 @@ def show_scores(title, scores):
     par.print_table(title, ["selection", *METRICS[:-1]], rows)
 
 
-def draw_distances(path, curve, calibration):
+def draw_distances(curve, calibration):
     """[report] figure 3: how the distances of matches lie within those of all pairs that the curve
-    counts, in % of each; and the probability of the same person, from 0 to 100 % over the
-    height."""
+    counts, in % of each; and the probability of the same person, from 0 to 100 % over the height:
+    -> as `par.draw_chart`."""
     middles = curve["edges"][5::10]
     end = curve["edges"][-1].item()
     counts = {"all pairs": curve["matches"] + curve["others"], "matches": curve["matches"]}
-    lines = {}
+    shares = {}
     for name, count in counts.items():
-        lines[name] = 100 * count.view(-1, 10).sum(1) / count.sum()
-    high = max(line.max().item() for line in lines.values())
+        shares[name] = 100 * count.view(-1, 10).sum(1) / count.sum()
+    high = max(share.max().item() for share in shares.values())
+    lines = {}
+    for name, share in shares.items():
+        lines[name] = torch.stack([middles / end, share / high], 1)
     probability = torch.from_numpy(calibration.probability(middles))
-    lines[f"same person (50 % at {calibration.half:.2f})"] = high * probability
+    half = f"same person (50 % at {calibration.half:.2f})"
+    lines[half] = torch.stack([middles / end, probability], 1)
 
-    font = ImageFont.load_default(40)
-    picture = Image.new("RGB", (2240, 1240), "white")  # twice as large, to be reduced
-    pen = ImageDraw.Draw(picture)
-    pen.text((40, 60), f"Figure 3: validation {describe_pairs(curve)}", par.INK, font, "lm")
-    for k in (0, 0.25, 0.5, 0.75, 1):
-        x = 140 + 1940 * k
-        y = 1140 - 990 * k
-        pen.text((x, 1160), f"{k * end:.3g}", par.INK, font, "ma")
-        pen.text((140, y), f"{k * high:.1f} % ", par.INK, font, "rm")
-        pen.text((2080, y), f" {100 * k:.0f} %", par.COLOURS[2], font, "lm")
-    legend = 2200
-    for (name, line), colour in zip(lines.items(), par.COLOURS):
-        points = torch.stack([140 + 1940 * middles / end, 1140 - 990 * line / high], 1)
-        pen.line([tuple(point) for point in points.tolist()], colour, 8, joint="curve")
-        pen.text((legend, 60), name, colour, font, "rm")
-        legend -= pen.textlength(name, font) + 60
-    par.write_picture(path, picture.reduce(2))
+    bottom = [(k / 4, f"{end * k / 4:.3g}") for k in range(5)]
+    left = [f"{high * k / 4:.1f} %" for k in range(5)]
+    right = [f"{25 * k} %" for k in range(5)]
+    title = f"Figure 3: validation {describe_pairs(curve)}"
+    return par.draw_chart(title, lines, bottom, left, right, right_colour=par.COLOURS[2])
 
 
 def evaluate(args, embedder, checkpoint, seconds):

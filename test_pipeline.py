@@ -2432,12 +2432,42 @@ def test_stage_2_records_and_draws_how_sure_it_is(trained):
     calibration = reid.calibrate(torch_load(trained.reid)["distances"])
     expected = {"distance": calibration.half, "share of matches": calibration.share}
     assert record_of(trained.reid)["final"]["same person"] == expected
-    figure_3 = picture_of(trained.reid.with_suffix(".png"))
-    assert figure_3.size == (1120, 620)
+
+
+def test_a_run_draws_its_loss_and_its_figures_over_the_epochs(trained, monkeypatch):
+    charts = []
+    monkeypatch.setattr(par, "draw_chart", lambda *values, **named: charts.append(values))
+    record = record_of(trained.reid)
+    par.draw_training(record)
+
+    ((title, lines, bottom, left, right),) = charts
+    assert title == f"Training: epoch {record['best epoch']} of 3 is the best"
+    assert list(lines) == ["loss", "mAP", "rank1", "mAP_all_cameras"]
+    assert bottom == [(0.0, "1"), (0.5, "2"), (1.0, "3")]
+    for name, points in lines.items():
+        scale = float(left[-1]) if name == "loss" else 1
+        expected = [row[name] / scale for row in record["epochs"]]
+        assert points[:, 0].tolist() == [0, 0.5, 1]
+        assert points[:, 1].tolist() == pytest.approx(expected, rel=0.05)  # left has two digits
+    assert right[-1] == "100 %"
+
+
+def test_points_of_a_chart_are_where_they_belong():
+    points = torch.tensor([[0.0, 1.0], [0.5, 0.25], [1.0, 0.0]])
+    chart = par.draw_chart("", {"": points}, [], [], [])
+    assert chart.size == (1120, 620)
+    for x, y in points.tolist():
+        assert chart.getpixel((70 + 970 * x, 570 - 495 * y)) == ImageColor.getrgb(par.COLOURS[0])
+    assert chart.getpixel((200, 550)) == (255, 255, 255)
+
+
+def test_both_stages_leave_a_picture_of_their_training(trained):
+    assert picture_of(trained.par.with_suffix(".png")).size == (1120, 620)
+    assert picture_of(trained.reid.with_suffix(".png")).size == (1120, 2 * 620)  # below figure 3
 
 
 def test_runs_leave_no_files_but_their_own(trained):
-    expected = {"lonely", "reid.png"}
+    expected = {"lonely", "par.png", "reid.png"}
     for name in ("par", "reid"):
         expected |= {f"{name}.pt", f"{name}.last", f"{name}.json"}
     assert set(os.listdir(trained.folder)) == expected
@@ -4173,12 +4203,12 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(
     check_same_run(getattr(trained, module.__name__), tmp_path / "cut.pt")
 
 
-@pytest.mark.parametrize("write", range(2, 11))
+@pytest.mark.parametrize("write", range(2, 12))
 def test_a_kill_between_two_files_of_an_epoch_is_harmless(
     write, market, trained, tmp_path, monkeypatch, run
 ):
     """An epoch writes its record, the checkpoint if it is the best, and the state to resume. The
-    record with the final scores is the last file."""
+    picture and the record with the final scores come last."""
     monkeypatch.setattr(common, "Backbone", ColourBackbone)
     command = [par, *short_run(par, market, trained)]
     run(*command, tmp_path / "whole.pt")
@@ -4217,8 +4247,9 @@ def test_a_run_writes_where_a_link_points(tmp_path, run):
     run(par, *QUICK, "--out", link)
     run(par, *QUICK, "--out", link)  # sets the first aside
     assert link.is_symlink()
-    names = ["real.json", "real.last", "real.old.json", "real.old.pt", "real.pt"]
-    assert sorted(os.listdir(disk)) == names
+    names = {"real.json", "real.last", "real.png", "real.pt"}
+    names |= {"real.old.json", "real.old.png", "real.old.pt"}
+    assert set(os.listdir(disk)) == names
     assert os.listdir(tmp_path) in (["disk", "link.pt"], ["link.pt", "disk"])
     run(par, "--eval", link)
 
@@ -4456,7 +4487,7 @@ def test_runs_of_one_name_do_not_mix(overtaken):
     assert torch_load(overtaken / "a.last")["record"]["arguments"]["seed"] == 2
     assert "final" in record_of(overtaken / "a.pt")
     assert "final" not in record_of(overtaken / "a.old.pt")
-    assert len(files_of(overtaken)) == 5
+    assert len(files_of(overtaken)) == 7
 
 
 def test_no_two_names_share_a_file(market, tmp_path):
