@@ -576,7 +576,7 @@ def stack_pictures(pictures):
 
 def fit_text(text, pen, font, width):
     """Cut a text to a width in pixels; the font has no other letters than ASCII's."""
-    text = " ".join(text.encode("ascii", "replace").decode().splitlines())
+    text = common.printable(text).encode("ascii", "replace").decode()
     while pen.textlength(text, font) > width:
         text = text.removesuffix("...")[:-1] + "..."
     return text
@@ -902,12 +902,12 @@ def predict_files(args, record, checkpoint):
             classes, probabilities = recogniser(crops)
         if not first:
             writer.writerow(header)
-        for k, file in enumerate(files):
-            names = [own[c] for own, c in zip(ATTRIBUTES.values(), classes[k].tolist())]
-            numbers = [f"{p:.3f}" for p in probabilities[k].tolist()]
-            writer.writerow([file, *names, *numbers])
+        rows = zip(files, classes.tolist(), probabilities.tolist())
+        for k, (file, codes, sure) in enumerate(rows):
+            names = [own[code] for own, code in zip(ATTRIBUTES.values(), codes)]
+            writer.writerow([file, *names, *[f"{p:.3f}" for p in sure]])
             if len(first) < 60:
-                columns = zip(ATTRIBUTES, names, probabilities[k].tolist())
+                columns = zip(ATTRIBUTES, names, sure)
                 lines = [f"{attribute}: {name}  {p:.2f}" for attribute, name, p in columns]
                 first.append(Predicted(file, crops[k].clone(), classes[k], lines))
         sys.stdout.flush()
@@ -998,13 +998,6 @@ class AttributeExport(nn.Module):
 
     def forward(self, crops):
         return most_probable(log_probabilities(self.model(crops).logits))
-
-
-def export_attributes(path, checkpoint):
-    """Write the network of a checkpoint that predicts attributes, by `write_network`."""
-    model = load_network(checkpoint, "cpu")
-    size = checkpoint["record"]["arguments"]["size"]
-    write_network(path, AttributeExport(model), ["classes", "probabilities"], size)
 
 
 def write_network(path, network, outputs, size):
@@ -1198,10 +1191,8 @@ def start(args, source=None, checkpoint=None, data=True):
     torch.backends.cudnn.benchmark = True  # shapes do not change, so choosing an algorithm pays
     keep_freed_memory()
 
-    if args.out.is_symlink():
-        args.out = Path(
-            os.path.realpath(args.out)
-        )  # so that the files beside it are one run's, too
+    if args.out.is_symlink():  # then the files beside what it points to are the run's
+        args.out = Path(os.path.realpath(args.out))
     size = args.size or (128, 64)
     if checkpoint is not None:
         size = checkpoint["record"]["arguments"]["size"]
@@ -1547,7 +1538,9 @@ def main(args):
     record = start(args, args.eval, checkpoint, data=not (args.predict or args.export))
     if args.export:
         check_output(args.export, args.export.suffix)
-        export_attributes(args.export, checkpoint)
+        recogniser = Recogniser(checkpoint, "cpu")
+        network = AttributeExport(recogniser.model)
+        write_network(args.export, network, ["classes", "probabilities"], recogniser.size)
     elif args.predict:
         if args.sheet or args.maps:
             check_output(args.out.with_name("par_sheet.png"), ".png")

@@ -637,9 +637,10 @@ def distance_histograms(query, gallery=None, bins=1000):
         finite = distances[distances.isfinite()]
         if len(finite) > 0:
             top = max(top, finite.max().item())
-        same = shown.ids == query.ids[rows, None]
-        across = shown.cameras != query.cameras[rows, None]
-        cross_camera = cross_camera or bool((same & across).any())
+        if not cross_camera:  # the first chunk mostly tells
+            same = shown.ids == query.ids[rows, None]
+            across = shown.cameras != query.cameras[rows, None]
+            cross_camera = bool((same & across).any())
 
     matches = torch.zeros(bins, dtype=torch.float64)
     others = torch.zeros(bins, dtype=torch.float64)
@@ -1685,8 +1686,8 @@ def check_flags(parser, args):
             "needs --init FILE, a checkpoint of par.py, and not --identities all, which leaves "
             "none."
         )
-    written = [args.out.resolve(), without_transfer(args.out).resolve()]
-    if args.init and args.init.resolve() in written:
+    written = [os.path.realpath(out) for out in (args.out, without_transfer(args.out))]
+    if args.init and os.path.realpath(args.init) in written:
         parser.error(f"--out {args.out} would replace the checkpoint of --init: give another name.")
     par.refuse_idle_flags(parser, args, flag_rules(args))
 
@@ -1751,13 +1752,8 @@ def choose_use(args):
 def use(args, checkpoint, seconds):
     """Do with a checkpoint what the command line asks for."""
     function, written = choose_use(args)
-    suffix = ".png"
-    if args.embed:
-        suffix = ".npz"
-    if args.export:
-        suffix = args.export.suffix
     if written is not None:
-        par.check_output(written, suffix)
+        par.check_output(written, ".npz" if args.embed else written.suffix)
     embedder = make_embedder(checkpoint, args.device)
     if args.prior is not None and "distances" not in checkpoint:
         raise UserError(

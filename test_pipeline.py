@@ -4255,6 +4255,16 @@ def test_a_run_writes_where_a_link_points(tmp_path, run):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
+@pytest.mark.parametrize("module", [par, reid])
+def test_a_link_that_leads_round_in_a_circle_is_replaced(module, tmp_path, run):
+    link = tmp_path / "link.pt"
+    link.symlink_to(link)
+    run(module, *QUICK, "--out", link)
+    assert not link.is_symlink()
+    assert "model" in torch_load(link)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links takes rights there")
 def test_a_file_is_written_where_a_link_points(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "real")
