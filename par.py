@@ -1404,13 +1404,13 @@ def check_export(parser, args):
 
 def say_seconds(seconds, file=None):
     """Print where the time went, and the peak memory."""
-    line = "Seconds: " + ", ".join(f"{what} {value:.1f}" for what, value in seconds.items())
+    parts = [f"{what} {value:.1f}" for what, value in seconds.items()]
+    print("Seconds: " + ", ".join(parts), file=file)
     peak = [
         f"{megabytes / 1000:.1f} GB ({where})" for where, megabytes in common.peak_memory().items()
     ]
     if peak:
-        line += "; peak memory " + " and ".join(peak)
-    print(line, file=file)
+        print("Peak memory: " + " and ".join(peak), file=file)
 
 
 # ------------------------------------------------------------------------------------------

@@ -1007,7 +1007,7 @@ def score_and_show(args, query, gallery, hamming):
         print(f"{said}; no Hamming filter: it predicts no attributes")
     else:
         count = len(ATTRIBUTES)
-        print(f"{said}; hamming: at most {hamming} of {count} predicted attributes differ")
+        print(f"{said}; hamming: at most {hamming} of {count} attributes differ")
     return Scored(results, threshold, hamming, curve)
 
 
