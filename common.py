@@ -661,7 +661,7 @@ def fit(model, crops, sample_epoch, loss, validate, args, checkpoint):
         # 3. Look for NaN, validate, and see whether this epoch is the best.
         row = {"epoch": epoch, "loss": mean_loss(losses), "lr": rate}
         seconds = time.perf_counter() - begin
-        check_loss(row["loss"], record, args.out)
+        check_loss(row, args.out)
         figures = run_validation(validate, record["seconds"])
         row |= figures
         row["seconds"] = round(seconds, 3)
@@ -695,9 +695,13 @@ def begin_record(record, args):
     """A record with what `fit` keeps there; no figures yet."""
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     del arguments["resume"]
-    run = os.urandom(8).hex()  # tells this run's files from another's
-    figures = {"metrics": [], "epochs": [], "best epoch": 0}
-    return record | figures | {"arguments": arguments, "run": run}
+    return record | {
+        "metrics": [],
+        "epochs": [],
+        "best epoch": 0,
+        "arguments": arguments,
+        "run": os.urandom(8).hex(),  # tells this run's files from another's
+    }
 
 
 class Epoch(NamedTuple):
@@ -749,13 +753,12 @@ def mean_loss(losses):
     return losses.mean().item() / world
 
 
-def check_loss(loss, record, out):
-    """UserError where the loss of an epoch is NaN or infinite."""
-    if not math.isfinite(loss):
-        epoch = len(record["epochs"]) + 1
+def check_loss(row, out):
+    """UserError where the loss of an epoch, in its row of the record, is NaN or infinite."""
+    if not math.isfinite(row["loss"]):
         raise UserError(
-            f"The loss became {loss} in epoch {epoch}: try a lower --lr. {out} keeps the best "
-            "epoch before that, if there is one."
+            f"The loss became {row['loss']} in epoch {row['epoch']}: try a lower --lr. {out} keeps "
+            "the best epoch before that, if there is one."
         )
 
 
