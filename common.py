@@ -506,14 +506,19 @@ def learning_rate(step, steps, peak, warmup):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for convolution filters (Jordan et al. 2024).
 
-    Filters [out, in, h, w] count as a matrix [out, in * h * w]. It moves, by twenty times the
-    learning rate, along its Nesterov momentum (0.9) with all large singular values brought near 1,
-    so that those directions learn at one pace. Three iterations do that for singular values from
-    0.02 of the norm on, which 28 to 54 % of the directions of the last stage have; smaller ones
-    stay smaller. There is no weight decay. PyTorch has a Muon for matrices from 2.9 on."""
+    Filters [out, in, h, w] count as a matrix [out, in * h * w]. It moves along its Nesterov
+    momentum (0.9) with all large singular values brought near 1, so that those directions learn at
+    one pace. Three iterations do that for singular values from 0.02 of the norm on, which 28 to
+    54 % of the directions of the last stage have; smaller ones stay smaller. There is no weight
+    decay. PyTorch has a Muon for matrices from 2.9 on.
 
-    def __init__(self, filters, lr):
-        super().__init__(filters, {"lr": lr})
+    How long a filter is means nothing before batch norm, and pretrained filters are of any length.
+    So filters learn as if they had length 1, at `factor` times the learning rate."""
+
+    def __init__(self, filters, lr, factor):
+        super().__init__(filters, {"lr": lr, "factor": factor})
+        for parameter in filters:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self):
@@ -521,13 +526,11 @@ class Muon(torch.optim.Optimizer):
         for filters in group["params"]:
             if filters.grad is None:
                 continue
-            state = self.state[filters]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(filters)
-            momentum = state["momentum"].lerp_(filters.grad, 0.1)
-            update = filters.grad.lerp(momentum, 0.9)
-            update = orthogonalise(update.flatten(1))
-            filters.sub_(update.view(filters.shape), alpha=20 * group["lr"])
+            momentum = self.state[filters]["momentum"].lerp_(filters.grad, 0.1)
+            lengths = torch.linalg.vector_norm(filters, dim=(1, 2, 3), keepdim=True)
+            update = lengths * filters.grad.lerp(momentum, 0.9)
+            update = orthogonalise(update.flatten(1)).view_as(filters)
+            filters.sub_(lengths * update, alpha=group["factor"] * group["lr"])
 
 
 def orthogonalise(matrix):
@@ -551,7 +554,7 @@ def make_optimizers(module, args):
         others = [parameter for parameter in others if parameter.dim() != 4]
     optimizers = [torch.optim.AdamW(others, lr=args.lr, fused=True)]
     if filters:
-        optimizers.append(Muon(filters, args.lr))
+        optimizers.append(Muon(filters, args.lr, args.muon))
     return optimizers
 
 

@@ -1052,6 +1052,11 @@ def convert_to_onnx(path, program, outputs):
 TRAINING_FLAGS = "recipe weights epochs lr warmup batch patience seed resume"
 
 
+def uses_muon(args):
+    """Whether the command line asks for training with the optimiser Muon."""
+    return not args.eval and args.recipe == "strong" and "muon" not in args.without
+
+
 def number(kind, low, high=10**9, word=None):
     """An argparse type: `kind`, int or float, from `low` to `high`; or `word`."""
 
@@ -1081,7 +1086,8 @@ def shared_flags(parser, defaults, out, rungs):
     """Add the flags of both scripts.
 
     defaults: dict of "report", "strong" and "pretrained" (strong, from pretrained weights) -> dict
-    of epochs, lr, batch and patience. `start` puts in those that the command line leaves open."""
+    of epochs, lr, batch, patience and muon. `start` puts in those that the command line leaves
+    open."""
     parser.set_defaults(rungs=rungs, defaults=defaults)
     recipe_flags(parser.add_argument_group("recipe (defaults in brackets)"), defaults, rungs)
     group = parser.add_argument_group("data, device and output (defaults in brackets)")
@@ -1164,9 +1170,15 @@ def recipe_flags(group, defaults, rungs):
             "in a step",
         ),
         "patience": (whole, "stop after N epochs without a better one"),
+        "muon": (
+            number(float, 1e-12),
+            "by the strong recipe, move a filter by N times the rate, as a share of its length",
+        ),
     }
     for name, (kind, text) in by_recipe.items():
-        values = ", ".join(f"{recipe}: {own[name]}" for recipe, own in defaults.items())
+        values = ", ".join(
+            f"{recipe}: {own[name]}" for recipe, own in defaults.items() if name in own
+        )
         group.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} ({values})")
 
 
@@ -1421,8 +1433,8 @@ def say_seconds(seconds, file=None):
 RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
 DEFAULTS = {
     "report": {"epochs": 15, "lr": 3e-4, "batch": 32, "patience": 5},
-    "strong": {"epochs": 10, "lr": 2e-3, "batch": 64, "patience": 999},
-    "pretrained": {"epochs": 10, "lr": 5e-4, "batch": 64, "patience": 999},
+    "strong": {"epochs": 10, "lr": 2e-3, "batch": 64, "patience": 999, "muon": 20},
+    "pretrained": {"epochs": 10, "lr": 2e-3, "batch": 64, "patience": 999, "muon": 5},
 }
 
 
@@ -1508,6 +1520,7 @@ def check_flags(parser, args):
         ("gamma", focal, "with --loss focal, alpha or all"),
         ("loss head dropout", training, "in training"),
         (TRAINING_FLAGS, training, "in training"),
+        ("muon", uses_muon(args), "in training by --recipe strong with its rung muon"),
         ("sheet maps", args.predict, "with --predict PATH..."),
         ("size", not args.stats, "where crops are given to a network"),
     ]

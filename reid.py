@@ -1525,8 +1525,8 @@ def find(args, embedder, checkpoint, seconds):
 RUNGS = "identity triplets attributes neck stride erasing shift muon mirror".split()
 DEFAULTS = {
     "report": {"epochs": 10, "lr": 2e-5, "batch": 32, "patience": 5},
-    "strong": {"epochs": 24, "lr": 2e-3, "batch": 32, "patience": 999},
-    "pretrained": {"epochs": 24, "lr": 2e-3, "batch": 32, "patience": 999},
+    "strong": {"epochs": 24, "lr": 2e-3, "batch": 32, "patience": 999, "muon": 20},
+    "pretrained": {"epochs": 24, "lr": 2e-3, "batch": 32, "patience": 999, "muon": 5},
 }
 
 
@@ -1710,6 +1710,7 @@ def flag_rules(args):
     return [
         ("weights", from_weights, "without --init, or to --compare"),
         (par.TRAINING_FLAGS, training, "in training"),
+        ("muon", par.uses_muon(args), "in training by --recipe strong with its rung muon"),
         ("identities", training, "in training"),
         ("margin dim negatives", by_report, "in training by --recipe report"),
         ("clusters", by_clusters, "with negatives from clusters, by --recipe report"),

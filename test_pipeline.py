@@ -911,17 +911,18 @@ def test_what_is_erased_has_the_mean_colour_and_the_share_of_the_box():
 
 
 @pytest.mark.parametrize(
-    "script, flags, lr, epochs, batch, patience",
+    "script, flags, lr, epochs, batch, patience, muon",
     [
-        (par, "--recipe report", 3e-4, 15, 32, 5),
-        (par, "--recipe report --weights x", 3e-4, 15, 32, 5),
-        (par, "--recipe strong", 2e-3, 10, 64, 999),
-        (par, "--recipe strong --weights x", 5e-4, 10, 64, 999),
-        (reid, "--recipe report", 2e-5, 10, 32, 5),
-        (reid, "--recipe strong", 2e-3, 24, 32, 999),
+        (par, "--recipe report", 3e-4, 15, 32, 5, None),
+        (par, "--recipe report --weights x", 3e-4, 15, 32, 5, None),
+        (par, "--recipe strong", 2e-3, 10, 64, 999, 20),
+        (par, "--recipe strong --weights x", 2e-3, 10, 64, 999, 5),
+        (reid, "--recipe report", 2e-5, 10, 32, 5, None),
+        (reid, "--recipe strong", 2e-3, 24, 32, 999, 20),
+        (reid, "--recipe strong --weights x", 2e-3, 24, 32, 999, 5),
     ],
 )
-def test_a_recipe_has_its_own_defaults(script, flags, lr, epochs, batch, patience, market):
+def test_a_recipe_has_its_own_defaults(script, flags, lr, epochs, batch, patience, muon, market):
     words = ["--data", str(market), "--device", "cpu", *flags.split()]
     args = script.make_parser().parse_args(words)
     par.start(args)
@@ -929,6 +930,7 @@ def test_a_recipe_has_its_own_defaults(script, flags, lr, epochs, batch, patienc
     assert args.epochs == epochs
     assert args.batch == batch
     assert args.patience == patience
+    assert args.muon == muon
     assert args.warmup == 0.1
 
 
@@ -962,7 +964,7 @@ def test_muon_takes_the_steps_of_its_formula_also_along_small_singular_values():
     filters = nn.Parameter(torch.randn(12, 4, 3, 3, generator=generator))
     expected = filters.detach().double().flatten(1)
     momentum = torch.zeros_like(expected)
-    optimizer = common.Muon([filters], 0.05)
+    optimizer = common.Muon([filters], 0.005, factor=20)
     for _ in range(5):
         # The directions grow and shrink from step to step, so that the momentum matters.
         scale = 0.1 + torch.rand(12, generator=generator)
@@ -972,28 +974,55 @@ def test_muon_takes_the_steps_of_its_formula_also_along_small_singular_values():
 
         momentum = 0.9 * momentum + 0.1 * gradient
         nesterov = 0.1 * gradient + 0.9 * momentum
-        expected = expected - 20 * 0.05 * newton_schulz(nesterov)
+        lengths = (expected**2).sum(1, keepdim=True).sqrt()
+        expected = expected - 20 * 0.005 * lengths * newton_schulz(lengths * nesterov)
         found = filters.flatten(1).double()
         assert torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_muon_moves_along_the_nearest_orthogonal_matrix():
     start, *gradients = torch.randn(8, 40, 90, generator=seeded())
-    matrix = start.clone().requires_grad_()
+    matrix = start.view(40, 10, 3, 3).clone().requires_grad_()
     momentum = torch.zeros(40, 90)
-    optimizer = common.Muon([matrix], 0.002)
+    optimizer = common.Muon([matrix], 0.002, factor=20)
     for gradient in gradients:
-        before = matrix.detach().clone()
-        matrix.grad = gradient.clone()
+        before = matrix.detach().flatten(1).clone()
+        matrix.grad = gradient.view(matrix.shape).clone()
         optimizer.step()
-        moved = (before - matrix.detach()) / 0.04
+        moved = (before - matrix.detach().flatten(1)) / 0.04 / before.norm(dim=1, keepdim=True)
         momentum = 0.9 * momentum + 0.1 * gradient
-        u, _, v = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+        nesterov = 0.1 * gradient + 0.9 * momentum
+        u, _, v = torch.linalg.svd(before.norm(dim=1, keepdim=True) * nesterov, full_matrices=False)
         cosine = (moved * (u @ v)).sum() / moved.norm() / 40**0.5
         assert cosine > 0.97
         values = torch.linalg.svdvals(moved)
         assert 0.5 < values.min()
         assert values.max() < 1.3
+
+
+def test_training_does_not_depend_on_how_long_the_given_filters_are():
+    generator = seeded()
+    crops = torch.randn(6, 3, 8, 8, generator=generator)
+    goal = torch.randn(6, 5, generator=generator)
+    torch.manual_seed(0)
+    given = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-12))
+    longer = copy.deepcopy(given)
+    with torch.no_grad():
+        longer[0].weight *= torch.tensor([0.1, 0.5, 1.0, 7.0, 40.0]).view(5, 1, 1, 1)
+
+    outputs = []
+    for network in (given, longer):
+        optimizers = common.make_optimizers(
+            network, SimpleNamespace(rungs=["muon"], lr=0.01, muon=5)
+        )
+        for _ in range(8):
+            loss = F.mse_loss(network(crops).mean((2, 3)), goal)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        outputs.append(network(crops))
+    assert torch.allclose(*outputs, rtol=0, atol=1e-3)
 
 
 def step_without_gradients(rungs):
@@ -1010,7 +1039,7 @@ def step_without_gradients(rungs):
     before = copy.deepcopy(module)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in common.make_optimizers(module, SimpleNamespace(rungs=rungs, lr=0.1)):
+    for optimizer in common.make_optimizers(module, SimpleNamespace(rungs=rungs, lr=0.1, muon=20)):
         optimizer.step()
     return dict(before.named_parameters()), dict(module.named_parameters())
 
@@ -1034,7 +1063,7 @@ def test_with_muon_filters_have_no_weight_decay_and_all_others_1_percent():
 
 def test_muon_trains_all_filters_of_the_network_and_adamw_the_rest():
     backbone = common.Backbone()
-    args = SimpleNamespace(rungs=["muon"], lr=0.1)
+    args = SimpleNamespace(rungs=["muon"], lr=0.1, muon=20)
     adamw, muon = common.make_optimizers(backbone, args)
     filters = muon.param_groups[0]["params"]
     others = adamw.param_groups[0]["params"]
@@ -3898,6 +3927,8 @@ def test_without_data_market_1501_comes_before_the_demo_set(market, tmp_path, mo
 IDLE_FLAGS = """
 par --eval T/par.pt --dropout 0.3: --dropout has no effect here, but only in training
 par --eval T/par.pt --lr 0.1: --lr has no effect here, but only in training
+par --muon 5: --muon has no effect here, but only in training by --recipe strong with its rung muon
+reid --recipe strong --without muon --muon 5: --muon has no effect here, but only in training by
 par --stats --warmup 0.2: --warmup has no effect here, but only in training
 par --loss wce --gamma 1: --gamma has no effect here, but only with --loss focal, alpha or all
 par --eval T/par.pt --sheet: --sheet has no effect here, but only with --predict PATH...
