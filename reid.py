@@ -1567,8 +1567,8 @@ def training_flags(group):
         "--compare", action="store_true", help="train with and without --init: table 1"
     )
     # The report gives no margin, of squared distances. Of 1, 10 and 40, 10 had the highest
-    # validation mAP (README): a small one leaves few triplets a loss, a large one pushes on what is
-    # apart already.
+    # validation mAP (RESULTS.md): a small one leaves few triplets a loss, a large one pushes on
+    # what is apart already.
     group.add_argument(
         "--margin",
         type=par.number(float, 0),
