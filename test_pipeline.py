@@ -4383,7 +4383,7 @@ def test_without_a_state_a_run_that_resumes_starts(market, tmp_path, capsys):
     "module, flags, names",
     [
         (par, ["--seed", 1], "seed"),
-        (par, ["--seed", 1, "--recipe", "strong"], "recipe, seed"),
+        (par, ["--seed", 1, "--recipe", "strong"], "recipe, muon, seed"),
         (reid, ["--seed", 1], "seed"),
         (reid, ["--seed", 1, "--margin", 5], "margin, seed"),
     ],
