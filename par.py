@@ -1085,9 +1085,9 @@ def image_size(text):
 def shared_flags(parser, defaults, out, rungs):
     """Add the flags of both scripts.
 
-    defaults: dict of "report", "strong" and "pretrained" (strong, from pretrained weights) -> dict
-    of epochs, lr, batch, patience and muon. `start` puts in those that the command line leaves
-    open."""
+    defaults: dict of "report", "strong" and "pretrained" (strong, from the weights of --weights or
+    --init) -> dict of epochs, lr, batch, patience and muon. `start` puts in those that the command
+    line leaves open."""
     parser.set_defaults(rungs=rungs, defaults=defaults)
     recipe_flags(parser.add_argument_group("recipe (defaults in brackets)"), defaults, rungs)
     group = parser.add_argument_group("data, device and output (defaults in brackets)")
@@ -1336,7 +1336,8 @@ def settle_recipe(args):
         args.rungs = []
     args.rungs = [rung for rung in args.rungs if rung not in args.without]
     kind = args.recipe
-    if kind == "strong" and args.weights != "none":
+    trained = args.weights != "none" or vars(args).get("init")  # which only reid.py has
+    if kind == "strong" and trained:
         kind = "pretrained"
     for name, value in args.defaults[kind].items():
         if getattr(args, name) is None:

@@ -920,6 +920,7 @@ def test_what_is_erased_has_the_mean_colour_and_the_share_of_the_box():
         (reid, "--recipe report", 2e-5, 10, 32, 5, None),
         (reid, "--recipe strong", 2e-3, 24, 32, 999, 20),
         (reid, "--recipe strong --weights x", 2e-3, 24, 32, 999, 5),
+        (reid, "--recipe strong --init x", 2e-3, 24, 32, 999, 5),
     ],
 )
 def test_a_recipe_has_its_own_defaults(script, flags, lr, epochs, batch, patience, muon, market):
