@@ -1085,9 +1085,9 @@ def image_size(text):
 def shared_flags(parser, defaults, out, rungs):
     """Add the flags of both scripts.
 
-    defaults: dict of "report", "strong" and "pretrained" (strong, from the weights of --weights or
-    --init) -> dict of epochs, lr, batch, patience and muon. `start` puts in those that the command
-    line leaves open."""
+    defaults: dict of "report", "strong" and "pretrained" (what else strong has from the weights of
+    --weights or --init) -> dict of flag -> value. `start` puts in those that the command line
+    leaves open."""
     parser.set_defaults(rungs=rungs, defaults=defaults)
     recipe_flags(parser.add_argument_group("recipe (defaults in brackets)"), defaults, rungs)
     group = parser.add_argument_group("data, device and output (defaults in brackets)")
@@ -1335,11 +1335,11 @@ def settle_recipe(args):
     if args.recipe == "report":
         args.rungs = []
     args.rungs = [rung for rung in args.rungs if rung not in args.without]
-    kind = args.recipe
-    trained = args.weights != "none" or vars(args).get("init")  # which only reid.py has
-    if kind == "strong" and trained:
-        kind = "pretrained"
-    for name, value in args.defaults[kind].items():
+    values = args.defaults[args.recipe]
+    pretrained = args.weights != "none" or vars(args).get("init")  # which only reid.py has
+    if args.recipe == "strong" and pretrained:
+        values = values | args.defaults["pretrained"]
+    for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     del args.defaults
@@ -1435,7 +1435,7 @@ RUNGS = ["identity", "neck", "stride", "erasing", "shift", "muon", "mirror"]
 DEFAULTS = {
     "report": {"epochs": 15, "lr": 3e-4, "batch": 32, "patience": 5},
     "strong": {"epochs": 10, "lr": 2e-3, "batch": 64, "patience": 999, "muon": 20},
-    "pretrained": {"epochs": 10, "lr": 2e-3, "batch": 64, "patience": 999, "muon": 5},
+    "pretrained": {"muon": 5},
 }
 
 

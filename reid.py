@@ -1526,7 +1526,7 @@ RUNGS = "identity triplets attributes neck stride erasing shift muon mirror".spl
 DEFAULTS = {
     "report": {"epochs": 10, "lr": 2e-5, "batch": 32, "patience": 5},
     "strong": {"epochs": 24, "lr": 2e-3, "batch": 32, "patience": 999, "muon": 20},
-    "pretrained": {"epochs": 24, "lr": 2e-3, "batch": 32, "patience": 999, "muon": 5},
+    "pretrained": {"muon": 5},
 }
 
 
