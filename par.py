@@ -180,21 +180,32 @@ def make_backbone(settings, state=None):
 def starting_weights(args):
     """What --weights names: -> (state dict for `common.Backbone`, which data sets it was trained
     on, as `describe_split` lists them). The state is None for random weights, or where a run
-    resumes."""
+    resumes. By the strong recipe, features of a network that is not ours are shortened."""
     resumes = args.resume and args.out.with_suffix(".last").exists()
     if args.weights == "none" or resumes:
         return None, []
-    if args.weights == "imagenet":
-        return download_imagenet_weights(), []
-
     network = common.make_resnet()
-    state = common.torch_load(args.weights)
     seen = []
-    if isinstance(state, dict) and "version" in state:
-        checkpoint = common.load_checkpoint(args.weights, "par", "reid")
-        seen = checkpoint["seen"]
-        state = name_layers(checkpoint["model"], network)
-    elif not isinstance(state, dict):
+    is_ours = False
+    if args.weights == "imagenet":
+        network.load_state_dict(download_imagenet_weights())
+    else:
+        state = common.torch_load(args.weights)
+        is_ours = isinstance(state, dict) and "version" in state
+        if is_ours:
+            checkpoint = common.load_checkpoint(args.weights, "par", "reid")
+            seen = checkpoint["seen"]
+            state = name_layers(checkpoint["model"], network)
+        load_weights(network, state, args.weights)
+    if args.recipe == "strong" and not is_ours:
+        shorten_features(network)
+    return network.state_dict(), seen
+
+
+def load_weights(network, state, file):
+    """Put the weights that were read from a file into torchvision's network, all but those of its
+    classes; UserError, where some are missing or of another shape."""
+    if not isinstance(state, dict):
         state = {}
     expected = network.state_dict()
     needed = {}
@@ -205,10 +216,23 @@ def starting_weights(args):
         needed[name] = state.get(name)
         if getattr(needed[name], "shape", None) != tensor.shape:
             raise UserError(
-                f"{args.weights} is neither a checkpoint of par.py or reid.py nor a state dict of "
+                f"{file} is neither a checkpoint of par.py or reid.py nor a state dict of "
                 f"torchvision's {common.make_resnet.__name__}."
             )
-    return expected | needed, seen
+    network.load_state_dict(expected | needed)
+
+
+def shorten_features(network):
+    """Set weight and bias of the last batch norm to 1 and 0, as in a new network; its statistics
+    stay.
+
+    ImageNet's weight makes features so long that the strong recipe's triplet loss, which grows with
+    the distances between them, outweighs the other losses at first. Stage 1, which has no triplets,
+    begins the same, for one rule."""
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms[-1:]:  # none, where the network has no batch norm
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
 
 
 def name_layers(model, network):

@@ -1152,13 +1152,70 @@ def test_the_backbone_is_torchvisions_resnet18_with_a_files_weights(
     reference.fc = nn.Identity()
     expected = reference.eval()(scaled_like_imagenet(crops))
 
-    args = SimpleNamespace(weights=str(tmp_path / "resnet18.pth"), resume=False)
+    args = SimpleNamespace(weights=str(tmp_path / "resnet18.pth"), resume=False, recipe="report")
     backbone = common.Backbone(par.starting_weights(args)[0]).eval()
     maps, features = backbone(crops)
     assert torch.allclose(features, expected, atol=1e-4)
     assert torch.allclose(maps.mean((2, 3)), expected, atol=1e-4)
     assert backbone.width == 512
     assert maps.shape == (4, 512, 4, 2)
+
+
+@pytest.mark.parametrize("source", ["a file", "imagenet"])
+@pytest.mark.parametrize("recipe", ["report", "strong"])
+def test_the_strong_recipe_lets_the_last_batch_norm_of_imagenets_network_begin_anew(
+    recipe, source, tmp_path, monkeypatch
+):
+    network = NarrowResNet()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 1.5, 2)
+            nn.init.uniform_(layer.bias, -2, -1)
+            nn.init.uniform_(layer.running_mean, 1, 2)
+            nn.init.uniform_(layer.running_var, 2, 3)
+    published = network.state_dict()
+    monkeypatch.setattr(par, "download_imagenet_weights", lambda: published)
+    weights = source
+    if source == "a file":
+        weights = tmp_path / "resnet18.pth"
+        torch.save(published, weights)
+
+    state, seen = par.starting_weights(
+        SimpleNamespace(weights=weights, resume=False, recipe=recipe)
+    )
+    changed = [name for name, value in published.items() if not torch.equal(state[name], value)]
+    changed = [name for name in changed if not name.startswith("fc.")]
+    assert seen == []
+    if recipe == "report":
+        assert changed == []
+    else:
+        assert changed == ["layer4.1.bn2.weight", "layer4.1.bn2.bias"]
+        assert (state["layer4.1.bn2.weight"] == 1).all()
+        assert (state["layer4.1.bn2.bias"] == 0).all()
+
+
+def test_the_strong_recipe_goes_on_with_all_weights_of_a_trained_checkpoint(trained):
+    args = SimpleNamespace(weights=trained.par, resume=False, recipe="strong")
+    state, _ = par.starting_weights(args)
+    model = torch_load(trained.par)["model"]
+    assert torch.equal(state["layer4.1.bn2.weight"], model["backbone.net.7.1.bn2.weight"])
+    assert not (state["layer4.1.bn2.weight"] == 1).all()
+
+
+def test_a_network_without_batch_norm_keeps_all_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_NORM", "yes")
+    published = NarrowResNet().state_dict()
+    torch.save(published, tmp_path / "resnet18.pth")
+    args = SimpleNamespace(weights=tmp_path / "resnet18.pth", resume=False, recipe="strong")
+    state, _ = par.starting_weights(args)
+    assert torch.equal(state["layer4.1.conv2.weight"], published["layer4.1.conv2.weight"])
+
+
+def test_the_last_batch_norm_of_a_resnet50_is_that_of_its_last_block():
+    network = models.resnet50()
+    nn.init.constant_(network.layer4[-1].bn3.weight, 2)
+    par.shorten_features(network)
+    assert (network.layer4[-1].bn3.weight == 1).all()
 
 
 def test_a_last_stride_of_1_makes_the_map_twice_as_high_and_wide():
