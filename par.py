@@ -1109,9 +1109,9 @@ def image_size(text):
 def shared_flags(parser, defaults, out, rungs):
     """Add the flags of both scripts.
 
-    defaults: dict of "report", "strong" and "pretrained" (what else strong has from the weights of
-    --weights or --init) -> dict of flag -> value. `start` puts in those that the command line
-    leaves open."""
+    defaults: dict of "report", "strong" and "pretrained" (what else strong has where --weights, or
+    those of --init's stage 1, are not none) -> dict of flag -> value. `start` puts in those that
+    the command line leaves open."""
     parser.set_defaults(rungs=rungs, defaults=defaults)
     recipe_flags(parser.add_argument_group("recipe (defaults in brackets)"), defaults, rungs)
     group = parser.add_argument_group("data, device and output (defaults in brackets)")
@@ -1243,7 +1243,7 @@ def start(args, source=None, checkpoint=None, data=True):
         demo = checkpoint["record"]["data"]["drawn demo set"]
     if args.weights is None:
         args.weights = "none" if demo else "imagenet"
-    settle_recipe(args)
+    settle_recipe(args, checkpoint)
     world = common.processes()[1]
     if args.batch % world != 0 or args.batch < 2 * world:
         raise UserError(
@@ -1352,16 +1352,19 @@ def draw_demo(demo):
             drawn.rename(demo)
 
 
-def settle_recipe(args):
+def settle_recipe(args, checkpoint):
     """Put into the arguments which steps of the strong recipe to take, and the defaults that the
-    command line leaves open."""
+    command line leaves open. The filters of a stage 1 count as pretrained only if it began from
+    such weights: what it learned from random ones still has far to go."""
     args.without.sort()
     if args.recipe == "report":
         args.rungs = []
     args.rungs = [rung for rung in args.rungs if rung not in args.without]
     values = args.defaults[args.recipe]
-    pretrained = args.weights != "none" or vars(args).get("init")  # which only reid.py has
-    if args.recipe == "strong" and pretrained:
+    weights = args.weights
+    if checkpoint is not None:
+        weights = checkpoint["record"]["arguments"]["weights"]
+    if args.recipe == "strong" and weights != "none":
         values = values | args.defaults["pretrained"]
     for name, value in values.items():
         if getattr(args, name) is None:

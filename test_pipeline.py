@@ -920,7 +920,6 @@ def test_what_is_erased_has_the_mean_colour_and_the_share_of_the_box():
         (reid, "--recipe report", 2e-5, 10, 32, 5, None),
         (reid, "--recipe strong", 2e-3, 24, 32, 999, 20),
         (reid, "--recipe strong --weights x", 2e-3, 24, 32, 999, 5),
-        (reid, "--recipe strong --init x", 2e-3, 24, 32, 999, 5),
     ],
 )
 def test_a_recipe_has_its_own_defaults(script, flags, lr, epochs, batch, patience, muon, market):
@@ -933,6 +932,15 @@ def test_a_recipe_has_its_own_defaults(script, flags, lr, epochs, batch, patienc
     assert args.patience == patience
     assert args.muon == muon
     assert args.warmup == 0.1
+
+
+@pytest.mark.parametrize("weights, muon", [("none", 20), ("imagenet", 5), ("mine.pt", 5)])
+def test_filters_from_stage_1_move_by_what_stage_1_began_from(weights, muon, market):
+    words = ["--data", str(market), "--device", "cpu", "--recipe", "strong", "--init", "x.pt"]
+    args = reid.make_parser().parse_args(words)
+    stage_1 = {"record": {"arguments": {"size": (128, 64), "weights": weights}}}
+    par.start(args, "x.pt", stage_1)
+    assert args.muon == muon
 
 
 def test_the_rate_rises_to_its_peak_then_falls_to_0():
