@@ -1686,10 +1686,10 @@ def check_flags(parser, args):
             "needs --init FILE, a checkpoint of par.py, and not --identities all, which leaves "
             "none."
         )
+    par.refuse_idle_flags(parser, args, flag_rules(args))
     written = [os.path.realpath(out) for out in (args.out, without_transfer(args.out))]
     if args.init and os.path.realpath(args.init) in written:
         parser.error(f"--out {args.out} would replace the checkpoint of --init: give another name.")
-    par.refuse_idle_flags(parser, args, flag_rules(args))
 
 
 def without_transfer(out):

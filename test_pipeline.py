@@ -5168,6 +5168,7 @@ reid --eval T/reid.pt --gallery N --embed N/x.npz: No image could be read, so
 reid --eval T/reid.pt --embed T/reid.pt: give one that ends in .npz
 par --stats --out N/text/x.pt: par_stats.png cannot be written
 par --stats --out N/results: results is no name for a checkpoint: give one that ends in .pt
+reid --out .: is no name for a checkpoint: give one that ends in .pt
 par --out N/folder.pt: folder.pt is no name for the file to write: give one that ends in .pt
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
 reid --init T/par.pt --size 128x64: was trained with another --size: leave that out.
