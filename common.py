@@ -915,8 +915,8 @@ def set_aside(out):
     run goes on with that."""
     if processes()[0] > 0 or not out.exists():
         return
-    for name in (out.with_suffix(".json"), out.with_suffix(".png"), out):
-        path = Path(os.path.realpath(name))  # so that a link stays
+    for suffix in (".json", ".png", ".pt"):
+        path = out.with_suffix(suffix).resolve()  # so that a link stays
         if path.exists():
             old = path.with_suffix(f".old{path.suffix}")
             path.replace(old)
@@ -1066,11 +1066,13 @@ def explain(error):
     if isinstance(error, OSError):
         name = error.filename or "A file"
         return f"{name} cannot be read or written ({error.strerror or error})."
+    message = str(error)
     if "RANK" in os.environ and re.search(
-        "gloo|NCCL|onnection (closed|reset)|Broken pipe", str(error)
+        "gloo|NCCL|onnection (closed|reset)|Broken pipe", message
     ):
-        return "another process of this run has ended, so this one does."
-    full = re.search("of memory|can't allocate|not enough mem", str(error))
+        reason = message.partition("\nException raised")[0]
+        return f"another process of this run has ended, or cannot be reached ({reason})."
+    full = re.search("of memory|can't allocate|not enough mem", message)
     if isinstance(error, MemoryError) or full:
         return "the memory is full: lower --batch or --size, or pass another --device."
     return None
