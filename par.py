@@ -1285,7 +1285,7 @@ def choose_device(asked):
     device = best if asked == "auto" else asked
     try:
         if device == "cuda" and "RANK" in os.environ:  # one for each process of this machine
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.ones(1, device=device).item()
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]

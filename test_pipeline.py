@@ -5329,6 +5329,17 @@ def test_a_device_that_cannot_compute_is_told(monkeypatch):
     )
 
 
+def test_a_process_that_torchrun_did_not_start_computes_on_the_first_gpu(monkeypatch):
+    chosen = Mock()
+    monkeypatch.setenv("RANK", "0")  # as a cluster's scheduler may set it
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch, "ones", Mock())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    assert par.choose_device("cuda") == "cuda"
+    chosen.assert_called_once_with(0)
+
+
 @pytest.mark.parametrize(
     "cuda, mps, rank, best",
     [
