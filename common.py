@@ -1017,8 +1017,7 @@ def torch_load(path):
 
 def run(parser, check_flags, main):
     """Run a script: main(args). What it says goes nowhere where there is nothing to say it on, as
-    in a service or after a shell's >&-; and from all processes but the first, which speaks for
-    all."""
+    in a service or after a shell's >&-. Of several processes only the first prints to stdout."""
     first = os.environ.get("RANK", "0") == "0"
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         out = sys.stdout if first and sys.stdout is not None else nowhere

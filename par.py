@@ -498,9 +498,10 @@ def print_table(title, header, rows):
 
 
 def write_picture(path, picture):
-    """Write a Pillow image as PNG, and say where it is."""
+    """Write a Pillow image as PNG, and say where it is; only the first process does."""
     common.write_whole(path, lambda file: picture.save(file, "PNG"))
-    print(f"As a picture: {path}", file=sys.stderr)
+    if common.processes()[0] == 0:
+        print(f"As a picture: {path}", file=sys.stderr)
 
 
 def draw_sheet(path, rows, height=256):

@@ -4754,6 +4754,11 @@ def test_of_two_processes_only_the_first_speaks(pairs):
     assert out.count("epoch  2/2") == 1
 
 
+def test_of_two_processes_only_the_first_tells_of_a_picture(pairs):
+    _, _, err = pairs.torchrun
+    assert err.count("As a picture: ") == 1
+
+
 def test_torchrun_ends_with_the_sentence_of_a_process_that_fails(pairs):
     code, _, err = pairs.torchrun
     assert code != 0
