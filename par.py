@@ -1244,7 +1244,9 @@ def start(args, source=None, checkpoint=None, data=True):
         demo = checkpoint["record"]["data"]["drawn demo set"]
     if args.weights is None:
         args.weights = "none" if demo else "imagenet"
-    settle_recipe(args, checkpoint)
+        if checkpoint is not None:
+            args.weights = checkpoint["record"]["arguments"]["weights"]
+    settle_recipe(args)
     world = common.processes()[1]
     if args.batch % world != 0 or args.batch < 2 * world:
         raise UserError(
@@ -1353,19 +1355,16 @@ def draw_demo(demo):
             drawn.rename(demo)
 
 
-def settle_recipe(args, checkpoint):
+def settle_recipe(args):
     """Put into the arguments which steps of the strong recipe to take, and the defaults that the
     command line leaves open. The filters of a stage 1 count as pretrained only if it began from
-    such weights: what it learned from random ones still has far to go."""
+    such weights, args.weights: what it learned from random ones still has far to go."""
     args.without.sort()
     if args.recipe == "report":
         args.rungs = []
     args.rungs = [rung for rung in args.rungs if rung not in args.without]
     values = args.defaults[args.recipe]
-    weights = args.weights
-    if checkpoint is not None:
-        weights = checkpoint["record"]["arguments"]["weights"]
-    if args.recipe == "strong" and weights != "none":
+    if args.recipe == "strong" and args.weights != "none":
         values = values | args.defaults["pretrained"]
     for name, value in values.items():
         if getattr(args, name) is None:

@@ -855,6 +855,17 @@ def transfer(model, stage_1):
     model.load_state_dict(weights)
 
 
+def check_untrained(args, seen, market):
+    """UserError where --compare's run without transfer would start from weights that were trained
+    on this data set; seen: as of `par.describe_split`."""
+    for data in seen:
+        if args.compare and par.is_same_data(data["names"], market.names):
+            raise UserError(
+                f"{args.weights}, which --compare would start from without --init, was trained on "
+                "this data set itself: pass --weights, those that stage 1 began from."
+            )
+
+
 def train(args, record, stage_1, market, split):
     """Train from a checkpoint of stage 1, or else from --weights; write checkpoint, record and
     figure 3: -> metrics on validation, dict of protocol ("all cameras", the report's, and "across
@@ -866,6 +877,7 @@ def train(args, record, stage_1, market, split):
     if stage_1 is None:
         state, seen = par.starting_weights(args)
         par.check_unseen(seen, market, validation, args.weights)
+        check_untrained(args, seen, market)
     else:
         seen = stage_1["seen"]
     torch.manual_seed(args.seed)
@@ -1564,7 +1576,10 @@ def training_flags(group):
         help="all: train on all identities, validate on none, and keep the last epoch (train)",
     )
     group.add_argument(
-        "--compare", action="store_true", help="train with and without --init: table 1"
+        "--compare",
+        action="store_true",
+        help="train also without --init, from the weights that stage 1 began from or --weights: "
+        "table 1",
     )
     # The report gives no margin, of squared distances. Of 1, 10 and 40, 10 had the highest
     # validation mAP (RESULTS.md): a small one leaves few triplets a loss, a large one pushes on
@@ -1775,6 +1790,11 @@ def inherit(args, stage_1):
     if stage_1 is not None:
         settings = stage_1["record"]["arguments"]
         args.head = settings["head"]
+        if args.compare and (args.weights == "none") != (settings["weights"] == "none"):
+            raise UserError(
+                f"--weights {args.weights} would not be compared with its like, as {args.init} "
+                f"began with --weights {settings['weights']}: leave --weights out."
+            )
         if args.recipe == "report" and "stride" in settings["rungs"]:
             args.rungs = ["stride"]
 

@@ -941,6 +941,7 @@ def test_filters_from_stage_1_move_by_what_stage_1_began_from(weights, muon, mar
     stage_1 = {"record": {"arguments": {"size": (128, 64), "weights": weights}}}
     par.start(args, "x.pt", stage_1)
     assert args.muon == muon
+    assert args.weights == weights  # for --compare
 
 
 def test_the_rate_rises_to_its_peak_then_falls_to_0():
@@ -3837,6 +3838,16 @@ def test_comparison_starts_with_and_without_the_weights_of_stage_1(trained, tmp_
     assert out.index("From weights") < out.index("From stage 1")
 
 
+def test_comparison_never_starts_from_what_this_data_set_has_taught(trained, tmp_path, run):
+    stage_1 = tmp_path / "stage_1.pt"
+    run(par, *QUICK, "--size", "64x32", "--weights", trained.par, "--out", stage_1)
+    error = (
+        f"{trained.par}, which --compare would start from without --init, was trained on this data "
+        "set itself: pass --weights, those that stage 1 began from."
+    )
+    run(reid, "--init", stage_1, "--compare", error=error)
+
+
 def test_comparison_prints_the_map_of_both_runs(trained, tmp_path, run):
     out, _ = run(reid, "--init", trained.par, "--compare", "--epochs", 1, "--batch", 8)
     without = record_of(tmp_path / "o_without.pt")["final"]["validation"]
@@ -5182,6 +5193,7 @@ par --stats --out N/results: results is no name for a checkpoint: give one that 
 reid --out .: is no name for a checkpoint: give one that ends in .pt
 par --out N/folder.pt: folder.pt is no name for the file to write: give one that ends in .pt
 reid --init T/par.pt --out T/par.pt: would replace the checkpoint of --init
+reid --init T/par.pt --compare --weights imagenet: would not be compared with its like, as
 reid --init T/par.pt --size 128x64: was trained with another --size: leave that out.
 reid --init T/par.pt --data T/lonely: par.pt was trained on another data set: pass its --data or, to
 reid --data T/lonely --identities all: No triplet can be formed
