@@ -667,7 +667,7 @@ def distance_histograms(query, gallery=None, bins=1000):
 
 def describe_pairs(curve):
     """Which pairs a curve, as of `distance_histograms`, counts."""
-    return "pairs across cameras" if curve["cross_camera"] else "pairs within cameras"
+    return "pairs across cameras" if curve["cross_camera"] else "pairs of all cameras"
 
 
 class Calibration(NamedTuple):
@@ -977,8 +977,8 @@ def score_and_show(args, query, gallery, hamming):
 
     [report] section 4.2.1 selects by distance, by how many of the 12 predicted attributes differ,
     or by both. Its protocol, all cameras, is scored where each query ranks all others, gallery
-    None; also as "within cameras", where no identity is seen by two of them. A Hamming parameter of
-    None is tuned on these crops, if attributes are predicted. With --rerank, a row for that."""
+    None, or where no identity is seen by two cameras. A Hamming parameter of None is tuned on these
+    crops, if attributes are predicted. With --rerank, a row for that."""
     curve = distance_histograms(query, gallery)
     threshold = curve["mean"] if args.threshold == "mean" else args.threshold
     selections = EVERY | {"threshold": Selection(below=threshold)}
@@ -994,7 +994,7 @@ def score_and_show(args, query, gallery, hamming):
         crops = f"test set, {len(gallery.ids)} gallery"
         protocols = {"across cameras": True}
     if not curve["cross_camera"]:
-        protocols = {"within cameras": False}
+        protocols = {"all cameras": False}
     results = {}
     for protocol, cross_camera in protocols.items():
         scores = score_selections(query, gallery, selections, cross_camera)

@@ -3516,7 +3516,7 @@ def one_camera(market, tmp_path):
 
 
 def scores_of(distances, query, gallery):
-    """By brute force, within cameras: the percentages of a row of a table."""
+    """By brute force, of all cameras: the percentages of a row of a table."""
     cameras = (torch.ones_like(crops.person_ids) for crops in (query, gallery))
     query_cameras, gallery_cameras = cameras
     scores = brute_force(
@@ -3533,7 +3533,7 @@ def scores_of(distances, query, gallery):
 
 def test_crops_of_one_camera_are_validated_within_it(one_camera, tmp_path, run):
     out, _ = run(reid, "--data", one_camera, *QUICK)
-    title = "validation crops, within cameras, as no identity is seen by two: 24 queries (%)"
+    title = "validation crops, all cameras, as no identity is seen by two: 24 queries (%)"
     row = table_of(out, title, 1)[0]
     assert "across" not in out
 
@@ -3548,7 +3548,7 @@ def test_crops_of_one_camera_are_validated_within_it(one_camera, tmp_path, run):
 
     record = record_of(tmp_path / "o.pt")
     assert record["metrics"] == ["mAP", "rank1"]
-    assert list(record["final"]["validation"]) == ["within cameras"]
+    assert list(record["final"]["validation"]) == ["all cameras"]
     assert record["epochs"][0]["mAP"] == pytest.approx(float(row[1]) / 100, abs=1e-4)
 
 
@@ -3556,7 +3556,7 @@ def test_a_test_set_of_one_camera_is_scored_within_it_without_the_query_itself(
     one_camera, trained, run
 ):
     out, _ = run(reid, "--data", one_camera, "--eval", trained.reid, "--show", 3, "--rerank")
-    title = "gallery crops, within cameras, as no identity is seen by two: 10 queries (%)"
+    title = "gallery crops, all cameras, as no identity is seen by two: 10 queries (%)"
     row = table_of(out, "test set, ", 1)[0]
     assert title in out
 
@@ -3606,7 +3606,7 @@ def test_a_probability_learned_within_cameras_is_not_promised_across_them(
 ):
     run(reid, "--data", one_camera, *QUICK)
     out, _ = run(reid, "--eval", tmp_path / "o.pt")
-    assert "It is learned from pairs within cameras, so it does not hold for these." in out
+    assert "It is learned from pairs of all cameras, so it does not hold for these." in out
 
 
 def test_histograms_of_one_camera_count_all_pairs():
