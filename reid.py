@@ -713,6 +713,16 @@ def calibrate(curve, prior=None):
     return Calibration(edges, log_odds, half, float(share))
 
 
+def describe_half(calibration, curve):
+    """Up to which distance two crops are more probably of one person, and of which pairs that is
+    true. curve: what the calibration was learned from."""
+    where = f"up to a distance of {calibration.half:.3f}"
+    if calibration.half == 0:
+        where = "at no distance"
+    share = f"{100 * calibration.share:.3g} % of the {describe_pairs(curve)}"
+    return f"50 % or more {where}, if {share} match"
+
+
 def odds_fall(nearer, farther):
     """Whether the odds of matches fall from one level to the next."""
     return nearer[0] * farther[1] > farther[0] * nearer[1]
@@ -943,10 +953,7 @@ def finish(args, checkpoint, market, validation):
     crops = embed(make_embedder(checkpoint, args.device), market, validation)
     scored = score_and_show(args, crops, None, args.hamming)
     calibration = calibrate(scored.curve, args.prior)
-    print(
-        f"same person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
-        f"{100 * calibration.share:.3g} % of the {describe_pairs(scored.curve)} match"
-    )
+    print(f"same person: {describe_half(calibration, scored.curve)}")
     final = {
         "validation": scored.results,
         "threshold": scored.threshold,
@@ -1428,10 +1435,7 @@ def search(args, embedder, checkpoint, seconds):
         )
     else:
         source = "as on validation" if args.prior is None else "as --prior says"
-        print(
-            f"\nSame person: 50 % or more up to {calibration.half:.3f} (0: at none), if "
-            f"{100 * calibration.share:.3g} % of the {describe_pairs(curve)} match, {source}."
-        )
+        print(f"\nSame person: {describe_half(calibration, curve)}, {source}.")
     draw_hits(args.out.with_name("search.png"), [row[:11] for row in rows[:20]], args.size)
 
 

@@ -2333,6 +2333,13 @@ def test_the_probability_stays_within_its_limits_and_falls_however_few_pairs_the
         assert calibration.half == 0
 
 
+@pytest.mark.parametrize("half, where", [(0, "at no distance"), (1.5, "up to a distance of 1.500")])
+def test_it_is_told_up_to_which_distance_two_crops_are_one_person(half, where):
+    calibration = reid.Calibration(edges=None, log_odds=None, half=half, share=0.0207)
+    told = reid.describe_half(calibration, {"cross_camera": True})
+    assert told == f"50 % or more {where}, if 2.07 % of the pairs across cameras match"
+
+
 # ------------------------------------------------------------------------------------------
 # Stage 2, by formulas: the Hamming parameter.
 
