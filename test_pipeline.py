@@ -4716,13 +4716,21 @@ def finish(processes):
     return ends
 
 
+# What `plain_runs` writes.
+PLAIN = ["par.pt", "reid.pt", "strong_par.pt", "strong_reid.pt"]
+
+
 def plain_runs(market, folder, init):
-    """The commands that train both stages for two epochs, without dropout, which each process draws
-    for itself."""
+    """The commands that train both stages for two epochs, by both recipes, without what each
+    process does for itself: it draws dropout, erases to the mean colour of its own crops, and looks
+    for hard triplets among these."""
     shared = ["--data", market, *QUICK, "--epochs", 2]
+    strong = ["--recipe", "strong", "--without", "neck", "erasing"]
     return [
         [par, *shared, "--dropout", 0, "--out", folder / "par.pt"],
         [reid, *shared, "--init", init, "--out", folder / "reid.pt"],
+        [par, *shared, "--dropout", 0, "--out", folder / "strong_par.pt", *strong],
+        [reid, *shared, "--out", folder / "strong_reid.pt", *strong, "triplets", "attributes"],
     ]
 
 
@@ -4738,7 +4746,7 @@ def strong_run(module, market, trained):
 def pairs(market, trained, tmp_path_factory):
     """What runs in two processes leave behind, which are started side by side.
 
-    `one` and `two`: folders of both stages, trained in one process and in two, without batch norm,
+    `one` and `two`: folders of `plain_runs`, trained in one process and in two, without batch norm,
     whose statistics are of a process's own crops. In `folder`: norm.pt, stage 1 with batch norm, at
     a rate that moves no weight; reid.pt, of `strong_run`. `torchrun`, `failed`: what `finish` says
     of stage 1 by torchrun, then with an odd --out, and of two of which the second fails."""
@@ -4753,8 +4761,10 @@ def pairs(market, trained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_NORM", "yes")
         assert call(*one[0]) == 0
-        good += together(2, *two[1])
-        assert call(*one[1]) == 0
+        for command in two[1:]:
+            good += together(2, *command)
+        for command in one[1:]:
+            assert call(*command) == 0
     for code, _, err in finish(good):
         assert code == 0, err
     return SimpleNamespace(
@@ -4784,7 +4794,7 @@ def test_torchrun_ends_with_the_sentence_of_a_process_that_fails(pairs):
     assert f"par.py: error: {sentence}\n" in err
 
 
-@pytest.mark.parametrize("name", ["par.pt", "reid.pt"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_two_processes_train_to_the_weights_of_one(name, pairs):
     ours = torch_load(pairs.one / name)["model"]
     theirs = torch_load(pairs.two / name)["model"]
@@ -4795,7 +4805,7 @@ def test_two_processes_train_to_the_weights_of_one(name, pairs):
         assert (value - theirs[place]).abs().max() < 1e-6, place
 
 
-@pytest.mark.parametrize("name", ["par.pt", "reid.pt"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_two_processes_tell_the_losses_of_one(name, pairs):
     ours = record_of(pairs.one / name)
     theirs = record_of(pairs.two / name)
