@@ -528,7 +528,9 @@ def draw_sheet(path, rows, height=256):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
             picture.paste(ImageOps.expand(image, 4, frame or "white"), (x - 4, y - 4))
             for j, line in enumerate(lines):
-                text, colour = (line, INK) if isinstance(line, str) else line
+                if isinstance(line, str):
+                    line = (line, INK)
+                text, colour = line
                 text = fit_text(text, pen, font, cell_width - 2 * margin)
                 pen.text((x, y + height + margin + line_height * j), text, colour, font)
     write_picture(path, picture)
@@ -1381,12 +1383,13 @@ def describe_start(args, record, source, data):
             "DEMO SET of drawn people: its figures say nothing about Market-1501. README says how "
             "to get that."
         )
+    height, width = args.size
     parts = [
-        f"{'data' if data else 'trained on'} {args.data}",
+        f"data {args.data}" if data else f"trained on {args.data}",
         f"{args.device}, {record['precision']}",
         f"{record['processes']} x {record['threads']} threads",
-        f"{args.size[0]}x{args.size[1]}",
-        f"{source or f'weights {args.weights}'}",
+        f"{height}x{width}",
+        f"weights {args.weights}" if source is None else str(source),
     ]
     if not args.eval:
         parts.append(f"seed {args.seed}")

@@ -1374,9 +1374,8 @@ def update_index(args, embedder, checkpoint, seconds):
         for read, features, log_p in embed_blocks(args, embedder, list(new), seconds):
             entries = [new[file] for file in read]
             rows.update(zip(entries, zip(features, log_p)))
-            if (
-                time.monotonic() - saved > SECONDS_PER_SAVE
-            ):  # so that a run that is killed can go on
+            # Now and then, so that a run that is killed can go on.
+            if time.monotonic() - saved > SECONDS_PER_SAVE:
                 index.save(rows, files)
                 saved = time.monotonic()
     except KeyboardInterrupt:
