@@ -1171,7 +1171,7 @@ def recipe_flags(group, defaults, rungs):
         nargs="+",
         default=[],
         choices=rungs,
-        metavar="RUNG",
+        metavar="STEP",
         help="leave these steps out of the strong recipe: " + ", ".join(rungs),
     )
     group.add_argument(
@@ -1551,7 +1551,7 @@ def check_flags(parser, args):
         ("gamma", focal, "with --loss focal, alpha or all"),
         ("loss head dropout", training, "in training"),
         (TRAINING_FLAGS, training, "in training"),
-        ("muon", uses_muon(args), "in training by --recipe strong with its rung muon"),
+        ("muon", uses_muon(args), "in training by --recipe strong with its step muon"),
         ("sheet maps", args.predict, "with --predict PATH..."),
         ("size", not args.stats, "where crops are given to a network"),
     ]

@@ -1728,7 +1728,7 @@ def flag_rules(args):
     return [
         ("weights", from_weights, "without --init, or to --compare"),
         (par.TRAINING_FLAGS, training, "in training"),
-        ("muon", par.uses_muon(args), "in training by --recipe strong with its rung muon"),
+        ("muon", par.uses_muon(args), "in training by --recipe strong with its step muon"),
         ("identities", training, "in training"),
         ("margin dim negatives", by_report, "in training by --recipe report"),
         ("clusters", by_clusters, "with negatives from clusters, by --recipe report"),

@@ -4013,7 +4013,7 @@ def test_without_data_market_1501_comes_before_the_demo_set(market, tmp_path, mo
 IDLE_FLAGS = """
 par --eval T/par.pt --dropout 0.3: --dropout has no effect here, but only in training
 par --eval T/par.pt --lr 0.1: --lr has no effect here, but only in training
-par --muon 5: --muon has no effect here, but only in training by --recipe strong with its rung muon
+par --muon 5: --muon has no effect here, but only in training by --recipe strong with its step muon
 reid --recipe strong --without muon --muon 5: --muon has no effect here, but only in training by
 par --stats --warmup 0.2: --warmup has no effect here, but only in training
 par --loss wce --gamma 1: --gamma has no effect here, but only with --loss focal, alpha or all
