@@ -865,15 +865,18 @@ def transfer(model, stage_1):
     model.load_state_dict(weights)
 
 
-def check_untrained(args, seen, market):
-    """UserError where --compare's run without transfer would start from weights that were trained
-    on this data set; seen: as of `par.describe_split`."""
+def unseen_weights(args, market, validation):
+    """`par.starting_weights`. UserError where they were trained on people to validate on or, with
+    --compare, whose other run is to learn from this data set alone, on any of it."""
+    state, seen = par.starting_weights(args)
+    par.check_unseen(seen, market, validation, args.weights)
     for data in seen:
         if args.compare and par.is_same_data(data["names"], market.names):
             raise UserError(
                 f"{args.weights}, which --compare would start from without --init, was trained on "
                 "this data set itself: pass --weights, those that stage 1 began from."
             )
+    return state, seen
 
 
 def train(args, record, stage_1, market, split):
@@ -885,9 +888,7 @@ def train(args, record, stage_1, market, split):
     check_matches(market, validation)
     state = None
     if stage_1 is None:
-        state, seen = par.starting_weights(args)
-        par.check_unseen(seen, market, validation, args.weights)
-        check_untrained(args, seen, market)
+        state, seen = unseen_weights(args, market, validation)
     else:
         seen = stage_1["seen"]
     torch.manual_seed(args.seed)
